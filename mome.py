@@ -1,0 +1,478 @@
+"""MoME: Mixture of Matryoshka Experts for audio-visual speech recognition (arXiv 2510.04136), the model in one file.
+
+Read it downward: configs -> a Llama's leaf modules -> the MoME layer (the idea) -> the decoder -> Matryoshka pooling and
+projectors -> the audio-visual model: its loss over all rates, its decoding.
+
+Axes, in names, shape comments and einsums:
+
+    B batch        N tokens of all clips, flattened     E experts, shared ones first     H attention heads
+    T time         V vocabulary                         K experts chosen per token       R bottleneck width
+    D width        S slots of the KV cache              W beam width
+
+Choices that the paper does not settle are marked `not in the paper`.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
+
+PLACES = ("attn", "ffn", "layer")
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder and of the MoME modules beside its layers; no experts at all make it a plain Llama."""
+    vocab_size: int
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    ffn_dim: int = 352
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    n_routed: int = 0       # routed experts, of which each token is sent to top_k
+    top_k: int = 2
+    n_shared: int = 0       # experts that every token passes
+    bottleneck: int = 8     # hidden width of an expert
+    place: str = "attn"     # what MoME stands beside: attn, ffn, or the whole layer
+
+    def __post_init__(self):
+        if self.place not in PLACES:
+            raise ValueError(f"place {self.place!r}: one of {', '.join(PLACES)}")
+        if min(self.n_routed, self.n_shared) < 0 or self.bottleneck < 1:
+            raise ValueError(f"n_routed {self.n_routed}, n_shared {self.n_shared}, bottleneck {self.bottleneck}: "
+                             "counts of experts are 0 or more, a bottleneck is at least 1 wide")
+        if self.n_routed and not 1 <= self.top_k <= self.n_routed:
+            raise ValueError(f"top_k {self.top_k}: a token goes to at least 1 and at most all {self.n_routed} routed experts")
+
+
+@dataclass(frozen=True)
+class AVSRConfig:
+    """The whole model. A stream whose encoder is None is one that the model does not have."""
+    llm: LlamaConfig
+    audio: AudioConfig | None = AudioConfig()
+    video: VideoConfig | None = VideoConfig()
+    projector_dim: int = 256             # hidden width of the projectors; not in the paper
+    bos: int = 0                         # token ids of the LLM's tokenizer
+    eos: int = 1
+    prompt: tuple[int, ...] = (2,)       # the fixed text between the streams and the transcript
+    balance_weight: float = 0.01         # of the load-balancing loss
+
+
+# --- a Llama's leaf modules ------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_tables(positions, head_dim, theta):
+    """cos and sin of the rotary angles at positions (..., T), in the half-split order of HF's Llama files -> two (..., T, D/H)."""
+    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[..., None].float() * rates
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + half]) of x (B, H, T, D/H) by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once: (layers, B, kv heads, S, D/H).
+
+    `real` (B, S) tells which slots may be looked at: clips of unequal length leave padding between their prefix and
+    the words that follow it."""
+
+    def __init__(self, config, batch, slots, like):
+        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.dim // config.n_heads)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.real = torch.zeros(batch, slots, dtype=torch.bool, device=like.device)
+        self.filled = 0
+
+    def write(self, layer, k, v):
+        """Store k and v (B, kv heads, T, D/H) in the next slots and return all that is filled."""
+        end = self.filled + k.shape[2]
+        self.k[layer, :, :, self.filled:end], self.v[layer, :, :, self.filled:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def pick(self, rows):
+        """Keep these rows of the batch, in this order (a beam search's survivors)."""
+        self.k, self.v, self.real = self.k[:, rows], self.v[:, rows], self.real[rows]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: n_kv_heads keys and values serve n_heads queries."""
+
+    def __init__(self, config):
+        super().__init__()
+        head_dim = config.dim // config.n_heads
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(config.dim, config.n_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * head_dim, config.dim, bias=False)
+
+    def forward(self, x, rope, cache=None, layer=0, mask=None):
+        """x (B, T, D) -> (B, T, D), causal; with a filled cache, x is what follows and `mask` (B, 1, T, S) what it sees."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(h.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward block: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# --- the idea: a mixture of Matryoshka experts -----------------------------------------------------------------------
+
+class MoME(nn.Module):
+    """MoME(h) = sum_{n <= N_s} E_n(h) + sum_{n > N_s} g_n E_n(h)                                       (paper, section 3)
+
+    An expert is a bottleneck, E(h) = up(gelu(down(h))); the first N_s are shared, the others are routed: g is the top-K
+    sparse output of one linear router. Nothing here knows a rate or a modality: a token of sound pooled by 16, a token
+    of lips pooled by 2 and a word meet the same router and the same experts, and that is what lets what is learned at
+    fine rates serve the coarse ones.
+
+    Called on (..., dim), it returns the same shape; `balance_loss` then belongs to that call. Up-projections start at
+    zero, so that a new MoME changes nothing."""
+
+    def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
+        super().__init__()
+        self.n_routed, self.n_shared, self.top_k = n_routed, n_shared, top_k
+        n_experts = n_shared + n_routed
+        self.router = nn.Linear(dim, n_routed, bias=False) if n_routed else None
+        self.down = nn.Parameter(torch.empty(n_experts, bottleneck, dim).uniform_(-1, 1) / dim ** 0.5)  # (E, R, D)
+        self.down_bias = nn.Parameter(torch.zeros(n_experts, bottleneck))                               # (E, R)
+        self.up = nn.Parameter(torch.zeros(n_experts, bottleneck, dim))                                 # (E, R, D)
+        self.up_bias = nn.Parameter(torch.zeros(n_experts, dim))                                        # (E, D)
+        self.path = "auto"
+        self.balance_loss = torch.zeros(())
+
+    def forward(self, h, mask=None):
+        """h (..., D), mask (...) true at real tokens (padding must not count in the balance) -> (..., D)."""
+        path = {"auto": self.wide, "wide": self.wide, "loop": self.loop}[self.path]
+        flat = h.reshape(-1, h.shape[-1])                                    # (N, D)
+        gates = self.route(flat, None if mask is None else mask.reshape(-1))
+        return path(flat, gates).view_as(h)
+
+    def route(self, h, mask=None):
+        """h (N, D) -> gates (N, E): 1 for shared experts, zero for routed ones that a token was not sent to.
+
+        Softmax over all routed experts in fp32, the K largest, renormalised to sum to one. The balancing loss is Switch
+        Transformer's, N_r sum_e f_e P_e: f_e the share of choices that fell on e, P_e its mean probability; 1 when the
+        load is even."""
+        shared = h.new_ones(len(h), self.n_shared)
+        if self.router is None:
+            return shared
+        probs = self.router(h).float().softmax(dim=-1)                       # (N, N_r)
+        top, chosen = probs.topk(self.top_k, dim=-1)                         # (N, K)
+        sparse = torch.zeros_like(probs).scatter(1, chosen, top / top.sum(dim=-1, keepdim=True))
+        counted = torch.ones_like(probs[:, :1]) if mask is None else mask[:, None].to(probs)
+        total = counted.sum().clamp(min=1)
+        share = ((sparse > 0) * counted).sum(0) / (total * self.top_k)       # f (N_r,)
+        self.balance_loss = self.n_routed * (share * (probs * counted).sum(0) / total).sum()
+        return torch.cat([shared, sparse.to(h.dtype)], dim=1)
+
+    def loop(self, h, gates):
+        """The equation, expert by expert, each on the tokens that were sent to it."""
+        out = torch.zeros_like(h)
+        for n in range(gates.shape[1]):
+            tokens = gates[:, n].nonzero().squeeze(1)
+            hidden = F.gelu(h[tokens] @ self.down[n].T + self.down_bias[n])
+            expert = hidden @ self.up[n] + self.up_bias[n]
+            out = out.index_add(0, tokens, gates[tokens, n, None] * expert)
+        return out
+
+    def wide(self, h, gates):
+        """All experts as one bottleneck of width E * R; the gates zero what was not chosen. Experts this narrow cost
+        less to compute than their tokens cost to sort."""
+        hidden = F.gelu(F.linear(h, self.down.flatten(0, 1), self.down_bias.flatten()))         # (N, E * R)
+        hidden = hidden.unflatten(-1, self.down_bias.shape) * gates[..., None]                  # (N, E, R)
+        return hidden.flatten(1) @ self.up.flatten(0, 1) + gates @ self.up_bias
+
+
+# --- the decoder -----------------------------------------------------------------------------------------------------
+
+class Layer(nn.Module):
+    """One Llama layer with MoME in parallel: its output is added to that of the attention, the feed-forward or the layer.
+
+    What the experts read is the block's own normalised input; beside the whole layer, the attention's (not in the paper)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        experts = config.n_routed + config.n_shared
+        self.place = config.place if experts else None
+        self.mome = MoME(config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck) if experts else None
+
+    def forward(self, x, real=None, **attention):
+        """x (B, T, D), real (B, T) true at tokens that are not padding -> (B, T, D)."""
+        h = self.input_layernorm(x)
+        mixed = self.mome(h, real) if self.place in ("attn", "layer") else 0
+        x = x + self.self_attn(h, **attention)
+        if self.place == "attn":
+            x = x + mixed
+        h = self.post_attention_layernorm(x)
+        x = x + self.mlp(h)
+        if self.place == "ffn":
+            mixed = self.mome(h, real)
+        return x + mixed if self.place in ("ffn", "layer") else x
+
+
+class Llama(nn.Module):
+    """A Llama decoder; its modules bear the names of HF's LlamaForCausalLM. The output head is tied to the embedding."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V)."""
+        return self.logits(self.trunk(self.embed_tokens(tokens)))
+
+    def logits(self, hidden):
+        """hidden (..., D) -> (..., V)."""
+        return F.linear(hidden, self.embed_tokens.weight)
+
+    def trunk(self, x, real=None, positions=None, cache=None):
+        """Embeddings x (B, T, D) -> hidden states (B, T, D), normalised for `logits`.
+
+        real (B, T): true at tokens; padding stands on the right. With a cache that holds a prefix, x is the one token
+        that follows in each row, at `positions` (B,)."""
+        B, T, _ = x.shape
+        positions = torch.arange(T, device=x.device) if positions is None else positions[:, None, None]  # (T,) or (B, 1, 1)
+        rope = [table.to(x.dtype) for table in rope_tables(positions, self.config.dim // self.config.n_heads,
+                                                           self.config.rope_theta)]
+        mask = None                                        # of a prefix: causal, so padding on the right is never seen
+        if cache is not None:
+            end = cache.filled + T
+            cache.real[:, cache.filled:end] = True if real is None else real
+            if cache.filled:
+                assert T == 1, f"after its prefix a cache takes one token at a time, not {T}"
+                mask = cache.real[:, None, None, :end]     # (B, 1, 1, S)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, real=real, rope=rope, cache=cache, layer=i, mask=mask)
+        if cache is not None:
+            cache.filled = end
+        return self.norm(x)
+
+    def transcript_loss(self, prefixes, labels):
+        """Mean next-token cross-entropy of `labels` (B lists of ids, as tensors) after `prefixes` (B tensors (T_b, D)).
+
+        Logits are computed only where a label stands: with a real vocabulary they would be most of the memory."""
+        rows = [torch.cat([p, self.embed_tokens(y[:-1])]) for p, y in zip(prefixes, labels)]
+        real = pad_sequence([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows], True)
+        hidden = self.trunk(pad_sequence(rows, True), real)                               # (B, T, D)
+        hidden = torch.cat([h[len(p) - 1:len(p) - 1 + len(y)] for h, p, y in zip(hidden, prefixes, labels)])
+        return F.cross_entropy(self.logits(hidden).float(), torch.cat(labels))
+
+    def balance_loss(self):
+        """Mean of the layers' balancing losses of their last call."""
+        losses = [layer.mome.balance_loss for layer in self.layers if layer.mome is not None and self.config.n_routed]
+        return torch.stack(losses).mean() if losses else self.norm.weight.new_zeros(())
+
+
+# --- Matryoshka pooling and the projectors ---------------------------------------------------------------------------
+
+def pool(x, lengths, rate):
+    """Average each `rate` successive tokens: x (B, T, D), lengths (B,) -> (B, ceil(T / rate), D), (B,) new lengths.
+
+    Padding never enters a mean; a last window that is not full is the mean of what it has (not in the paper)."""
+    B, T, D = x.shape
+    real = (torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]).to(x)[..., None]
+    x, real = (F.pad(t, (0, 0, 0, -T % rate)).view(B, -1, rate, t.shape[-1]) for t in (x * real, real))
+    return x.sum(2) / real.sum(2).clamp(min=1), (lengths + rate - 1) // rate
+
+
+class Projector(nn.Sequential):
+    """Encoder width -> LLM width. One for each stream serves all rates, also rates it was never trained at."""
+
+    def __init__(self, d_in, d_hidden, d_out):
+        super().__init__(nn.Linear(d_in, d_hidden), nn.ReLU(), nn.Linear(d_hidden, d_out), nn.LayerNorm(d_out))
+
+
+# --- the audio-visual model ------------------------------------------------------------------------------------------
+
+class AVSR(nn.Module):
+    """Frozen encoders -> pooling -> projectors -> frozen Llama with trained MoME modules.
+
+    `features` below is {stream: (x, lengths)}: log-mels (B, M, frames) for "audio", mouths (B, 1, T, H, W) for "video".
+    `rates` is {stream: rate}; streams that it does not name stay out of the input, which is always
+
+        <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
+    """
+
+    def __init__(self, config: AVSRConfig):
+        super().__init__()
+        self.config, width = config, config.llm.dim
+        self.llm = Llama(config.llm)
+        self.encoders = nn.ModuleDict({stream: build(sizes) for stream, build, sizes in (
+            ("audio", AudioEncoder, config.audio), ("video", VideoEncoder, config.video)) if sizes is not None})
+        self.projectors = nn.ModuleDict({stream: Projector(encoder.config.dim, config.projector_dim, width)
+                                         for stream, encoder in self.encoders.items()})
+        self.markers = nn.ParameterDict({stream: nn.Parameter(0.02 * torch.randn(2, width)) for stream in self.encoders})
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(("llm.", "encoders.")) or ".mome." in name)
+
+    @property
+    def streams(self):
+        """The streams that this model reads, in the order of its input."""
+        return tuple(self.encoders)
+
+    @property
+    def device(self):
+        return self.llm.norm.weight.device
+
+    def train(self, mode=True):
+        """Frozen parts stay in eval mode: a BatchNorm would move its statistics even without gradients."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    @torch.no_grad()
+    def encode(self, features):
+        """Each stream once, for all rates: -> {stream: (tokens (B, T, D_encoder), lengths (B,))}."""
+        return {stream: (self.encoders[stream](x, lengths), self.encoders[stream].n_tokens(lengths))
+                for stream, (x, lengths) in features.items()}
+
+    def prefix(self, encoded, rates):
+        """What the LLM reads before the transcript, a list of B embedding sequences (T_b, D)."""
+        table = self.llm.embed_tokens.weight
+        streams = []
+        for stream in self.streams:
+            if stream in rates:
+                tokens, lengths = pool(*encoded[stream], rates[stream])
+                streams.append((self.markers[stream], self.projectors[stream](tokens), lengths.tolist()))
+        rows = []
+        for b in range(len(streams[0][1])):
+            rows.append([table[self.config.bos, None]])
+            for (opening, closing), tokens, lengths in streams:
+                rows[b] += [opening[None], tokens[b, :lengths[b]], closing[None]]
+            rows[b].append(table[list(self.config.prompt)])
+        return [torch.cat(parts) for parts in rows]
+
+    def loss(self, features, transcripts, pairs):
+        """Mean over the rate pairs of the next-token cross-entropy + 0.01 x the balancing loss (paper, section 3).
+
+        transcripts: B lists of token ids; pairs: a list of `rates`."""
+        encoded = self.encode(features)
+        labels = [torch.tensor([*ids, self.config.eos], device=self.device) for ids in transcripts]
+        losses = [self.llm.transcript_loss(self.prefix(encoded, rates), labels)
+                  + self.config.balance_weight * self.llm.balance_loss() for rates in pairs]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def generate(self, encoded, rates, beam=1, max_tokens=32):
+        """Decode a batch of encoded clips -> [(token ids, mean log-probability per token)], <eos> scored but not returned.
+
+        A beam search whose width of 1 is greedy decoding. A hypothesis that has ended waits, adding nothing; the best
+        is the one of the highest mean log-probability (not in the paper)."""
+        rows = self.prefix(encoded, rates)
+        B, V, device = len(rows), self.config.llm.vocab_size, rows[0].device
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        x = pad_sequence(rows, True)
+        real = torch.arange(x.shape[1], device=device) < lengths[:, None]
+        cache = KVCache(self.config.llm, B, x.shape[1] + max_tokens, x)
+        last = self.llm.trunk(x, real, cache=cache)[torch.arange(B, device=device), lengths - 1]      # (B, D)
+        cache.pick(torch.arange(B, device=device).repeat_interleave(beam))
+        last, lengths = last.repeat_interleave(beam, 0), lengths.repeat_interleave(beam)              # (B * W, ...)
+        scores = torch.full((B, beam), float("-inf"), device=device)
+        scores[:, 0] = 0                                                     # the beams of a clip begin as one
+        done = torch.zeros(B * beam, dtype=torch.bool, device=device)
+        tokens = torch.zeros(B * beam, 0, dtype=torch.long, device=device)
+        waiting = torch.full((V,), float("-inf"), device=device)
+        waiting[self.config.eos] = 0
+        for step in range(max_tokens):
+            logp = self.llm.logits(last).float().log_softmax(-1)
+            logp = torch.where(done[:, None], waiting, logp).view(B, beam, V)
+            scores, best = (scores[..., None] + logp).flatten(1).topk(beam)  # (B, W) of W * V continuations
+            parents = (best // V + beam * torch.arange(B, device=device)[:, None]).flatten()
+            chosen = (best % V).flatten()
+            if beam > 1:
+                cache.pick(parents)
+            tokens, done = torch.cat([tokens[parents], chosen[:, None]], 1), done[parents] | (chosen == self.config.eos)
+            if done.all() or step == max_tokens - 1:
+                break
+            last = self.llm.trunk(self.llm.embed_tokens(chosen[:, None]), positions=lengths + step, cache=cache)[:, 0]
+        n_words = (tokens != self.config.eos).sum(-1).view(B, beam)
+        means = scores / (n_words + done.view(B, beam)).clamp(min=1)
+        winners = means.argmax(-1)
+        tokens, n_words = tokens.view(B, beam, -1), n_words.tolist()
+        return [(tokens[b, w, :n_words[b][w]].tolist(), means[b, w].item()) for b, w in enumerate(winners.tolist())]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+def write_whole(path, write):
+    """Call write(temporary path), then move the result to `path`: it is there whole or not at all."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model, folder, **more):
+    """Write model.safetensors, and config.json with the model's config and `more` (trained rates, tokenizer...)."""
+    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(model.state_dict(), path))
+    text = json.dumps({"model": asdict(model.config), **more}, indent=2) + "\n"
+    write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
+
+
+def load_model(folder):
+    """-> (AVSR in eval mode, the dict of config.json). Raises FileNotFoundError where `folder` holds no checkpoint."""
+    for name in ("config.json", "model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name} here; train a model into it (python train.py --out {folder})")
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+
+    def build(kind, values):
+        return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    parts = {"llm": LlamaConfig, "audio": AudioConfig, "video": VideoConfig}
+    model = AVSR(build(AVSRConfig, config["model"] | {k: build(kind, config["model"][k]) for k, kind in parts.items()}))
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return model.eval(), config

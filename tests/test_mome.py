@@ -1,0 +1,287 @@
+"""python -m pytest tests/test_mome.py: the MoME layer, the decoder, pooling, the audio-visual model."""
+import jiwer
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_avsr
+
+import data
+from mome import AVSR, KVCache, Llama, LlamaConfig, MoME, load_model, pool, save_model
+
+
+def random_mome(n_routed=6, top_k=2, n_shared=1, bottleneck=4, dim=16, seed=0):
+    torch.manual_seed(seed)
+    mome = MoME(dim, n_routed, top_k, n_shared, bottleneck)
+    for parameter in (mome.down_bias, mome.up, mome.up_bias):
+        torch.nn.init.normal_(parameter)
+    return mome
+
+
+def run_path(mome, path, x):
+    mome.path = path
+    x = x.clone().requires_grad_()
+    mome.zero_grad()
+    y = mome(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return y.detach(), [x.grad, *(p.grad for p in mome.parameters())]
+
+
+ROUTINGS = {"random": None, "collapsed": [0, 1], "some experts empty": [2, 3, 4]}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 7, 16), (0, 16)])
+def test_loop_equals_wide_in_value_and_gradient(routing, shape):
+    mome, x = random_mome(), torch.randn(*shape)
+    if ROUTINGS[routing]:
+        with torch.no_grad():  # only these experts can win: all inputs share a direction that they alone like
+            x[..., 0] = 10
+            mome.router.weight[:, 0] = torch.tensor([5.0 if e in ROUTINGS[routing] else -5.0 for e in range(6)])
+    loop, wide = run_path(mome, "loop", x), run_path(mome, "wide", x)
+    assert loop[0].shape == x.shape
+    torch.testing.assert_close(loop[0], wide[0], atol=1e-5, rtol=1e-5)
+    for a, b in zip(loop[1], wide[1], strict=True):
+        a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a.expand_as(b), b.expand_as(a), atol=1e-4, rtol=1e-5)
+
+
+def test_only_shared_experts_and_no_experts():
+    x = torch.randn(5, 16)
+    mome = random_mome(n_routed=0, n_shared=2)
+    expected = sum(F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n] + mome.up_bias[n] for n in range(2))
+    for path in ("loop", "wide", "auto"):
+        mome.path = path
+        torch.testing.assert_close(mome(x), expected)
+    assert all(layer.mome is None for layer in Llama(LlamaConfig(10, 16, 1, 2, 2, 16)).layers)
+
+
+def test_all_experts_chosen_is_the_dense_mixture():
+    mome, x = random_mome(n_routed=5, top_k=5, n_shared=1), torch.randn(9, 16)
+    gates = torch.cat([torch.ones(9, 1), mome.router(x).softmax(-1)], 1)
+    dense = sum(gates[:, n, None] * (F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n] + mome.up_bias[n])
+                for n in range(6))
+    torch.testing.assert_close(mome(x), dense)
+
+
+def test_gates_sum_to_one_and_are_top_k():
+    mome, x = random_mome(n_routed=6, top_k=3, n_shared=2), torch.randn(50, 16)
+    gates = mome.route(x)
+    assert (gates[:, :2] == 1).all()
+    torch.testing.assert_close(gates[:, 2:].sum(1), torch.ones(50))
+    assert ((gates[:, 2:] > 0).sum(1) == 3).all()
+    torch.testing.assert_close(gates[:, 2:].argmax(1), mome.router(x).argmax(1))
+
+
+def test_balance_loss_is_one_when_even_and_more_in_collapse():
+    mome = random_mome(n_routed=4, top_k=1, dim=4)
+    with torch.no_grad():
+        mome.router.weight.copy_(torch.eye(4) * 9)
+    mome(torch.eye(4))
+    assert mome.balance_loss.item() == pytest.approx(1, abs=1e-5)
+    mome(torch.eye(4)[[0, 0, 0, 0]])
+    assert mome.balance_loss.item() > 3
+    collapsed = mome.balance_loss.item()
+    mome(torch.eye(4)[[0, 0, 1, 2]], mask=torch.tensor([True, True, False, False]))
+    assert mome.balance_loss.item() == pytest.approx(collapsed)  # padding does not count
+
+
+@pytest.mark.parametrize("place", ["attn", "ffn", "layer"])
+def test_new_mome_changes_nothing_and_then_something(place):
+    sizes = (40, 32, 2, 4, 2, 48)
+    plain, tokens = Llama(LlamaConfig(*sizes)), torch.randint(0, 40, (2, 6))
+    llama = Llama(LlamaConfig(*sizes, n_routed=4, n_shared=1, place=place))
+    missing, unexpected = llama.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and all(".mome." in name for name in missing) and not unexpected
+    assert torch.equal(plain(tokens), llama(tokens))
+    torch.nn.init.normal_(llama.layers[0].mome.up)
+    assert not torch.allclose(plain(tokens), llama(tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"place": "mlp"}, {"n_routed": 4, "top_k": 5}, {"n_routed": -1}, {"bottleneck": 0}])
+def test_wrong_sizes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        LlamaConfig(10, **wrong)
+
+
+def test_llama_is_causal():
+    torch.manual_seed(0)
+    llama, tokens = Llama(LlamaConfig(40, 32, 2, 4, 2, 48, n_routed=4)), torch.randint(0, 40, (2, 9))
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 40
+    before, after = llama(tokens), llama(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_cache_agrees_with_no_cache_for_unequal_prefixes():
+    model = tiny_avsr()
+    llm, lengths, steps = model.llm, [3, 8, 5], 4
+    tokens = [torch.randint(0, 40, (n + steps,)) for n in lengths]
+    x = torch.nn.utils.rnn.pad_sequence([llm.embed_tokens(t[:n]) for t, n in zip(tokens, lengths)], True)
+    cache, real = KVCache(llm.config, 3, 8 + steps, x), torch.arange(8) < torch.tensor(lengths)[:, None]
+    llm.trunk(x, real, cache=cache)
+    for step in range(steps):
+        new = torch.stack([t[n + step] for t, n in zip(tokens, lengths)])[:, None]
+        hidden = llm.trunk(llm.embed_tokens(new), positions=torch.tensor(lengths) + step, cache=cache)
+        for b, n in enumerate(lengths):
+            torch.testing.assert_close(llm.logits(hidden)[b, 0], llm(tokens[b][None, :n + step + 1])[0, -1], atol=1e-4, rtol=1e-4)
+
+
+# --- pooling ---
+
+def test_pool_is_the_mean_also_of_ragged_tails_and_never_of_padding():
+    x = torch.randn(2, 7, 3)
+    pooled, lengths = pool(x, torch.tensor([7, 4]), 3)
+    assert pooled.shape == (2, 3, 3) and lengths.tolist() == [3, 2]
+    torch.testing.assert_close(pooled[0], torch.stack([x[0, :3].mean(0), x[0, 3:6].mean(0), x[0, 6]]))
+    torch.testing.assert_close(pooled[1, :2], torch.stack([x[1, :3].mean(0), x[1, 3]]))
+    leak = x.clone()
+    leak[1, 4:] = 1e6
+    assert torch.equal(pool(leak, torch.tensor([7, 4]), 3)[0], pooled)
+
+
+def test_pool_by_8_is_pool_by_2_of_pool_by_4():
+    x, lengths = torch.randn(3, 32, 5), torch.tensor([32, 16, 8])
+    once, twice = pool(x, lengths, 8), pool(*pool(x, lengths, 4), 2)
+    assert once[1].tolist() == twice[1].tolist()
+    torch.testing.assert_close(once[0], twice[0])
+    assert torch.equal(pool(x, lengths, 1)[0][0], x[0])
+
+
+# --- the whole model ---
+
+BOTH = {"audio": 4, "video": 2}
+
+
+def features(clips, streams=("audio", "video")):
+    return data.batch(clips, streams)
+
+
+def test_padded_batch_equals_one_by_one(tiny, talker_clips):
+    for rates in (BOTH, {"audio": 3}, {"video": 5}):
+        together = tiny.prefix(tiny.encode(features(talker_clips)), rates)
+        for clip, prefix in zip(talker_clips, together):
+            torch.testing.assert_close(prefix, tiny.prefix(tiny.encode(features([clip])), rates)[0], atol=1e-4, rtol=1e-4)
+        answers = tiny.generate(tiny.encode(features(talker_clips)), rates, max_tokens=6)
+        for clip, (ids, logprob) in zip(talker_clips, answers):
+            (alone, alone_logprob), = tiny.generate(tiny.encode(features([clip])), rates, max_tokens=6)
+            assert ids == alone and logprob == pytest.approx(alone_logprob, abs=1e-3)
+
+
+def test_input_layout(tiny, talker_clips):
+    encoded = tiny.encode(features(talker_clips[:1]))
+    (row,), (sound,) = tiny.prefix(encoded, BOTH), tiny.prefix(encoded, {"audio": 4})
+    n_audio, n_video = -(-encoded["audio"][1].item() // 4), -(-encoded["video"][1].item() // 2)
+    assert len(row) == 1 + 1 + n_audio + 1 + 1 + n_video + 1 + 1
+    table, (a, v) = tiny.llm.embed_tokens.weight, (tiny.markers["audio"], tiny.markers["video"])
+    for position, expected in ((0, table[0]), (1, a[0]), (2 + n_audio, a[1]), (3 + n_audio, v[0]), (-2, v[1]), (-1, table[2])):
+        assert torch.equal(row[position], expected)
+    assert len(sound) == n_audio + 4 and torch.equal(sound[-2], a[1]) and torch.equal(row[:3 + n_audio], sound[:-1])
+
+
+def test_loss_over_pairs_is_the_mean_of_single_pairs(tiny, talker_clips):
+    x, labels = features(talker_clips), [[5, 6], [7], [8, 9, 10], [11], [12]]
+    pairs = [BOTH, {"audio": 8, "video": 8}]
+    singles = [tiny.loss(x, labels, [rates]) for rates in pairs]
+    torch.testing.assert_close(tiny.loss(x, labels, pairs), torch.stack(singles).mean())
+    assert (singles[0] - singles[1]).abs() > 1e-4
+
+
+def test_loss_is_cross_entropy_at_the_transcript_plus_balance(tiny, talker_clips):
+    labels = [7, 9, 4]
+    prefix = tiny.prefix(tiny.encode(features(talker_clips[:1])), BOTH)[0]
+    x = torch.cat([prefix, tiny.llm.embed_tokens(torch.tensor(labels))])
+    expected = F.cross_entropy(tiny.llm.logits(tiny.llm.trunk(x[None]))[0, len(prefix) - 1:], torch.tensor([*labels, 1]))
+    expected = expected + 0.01 * tiny.llm.balance_loss()
+    torch.testing.assert_close(tiny.loss(features(talker_clips[:1]), [labels], [BOTH]), expected)
+
+
+def test_frozen_parts_get_no_gradient_and_router_and_experts_do(talker_clips):
+    model = tiny_avsr()
+    for layer in model.llm.layers:
+        torch.nn.init.normal_(layer.mome.up)
+    model.train()
+    assert not any(module.training for module in model.encoders.modules())
+    model.loss(features(talker_clips), [[5, 6]] * 5, [BOTH]).backward()
+    for name, parameter in model.named_parameters():
+        if ".mome." in name or name.startswith(("projectors.", "markers.")):
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, name
+
+
+def greedy(model, encoded, rates, steps):
+    """Greedy decoding without cache, batch or beam."""
+    x, ids, scores = model.prefix(encoded, rates)[0], [], []
+    for _ in range(steps):
+        logp = model.llm.logits(model.llm.trunk(x[None])[0, -1]).log_softmax(-1)
+        scores.append(logp.max().item())
+        best = logp.argmax().item()
+        if best == model.config.eos:
+            break
+        ids.append(best)
+        x = torch.cat([x, model.llm.embed_tokens.weight[None, best]])
+    return ids, sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def test_beam_1_is_greedy_and_a_wider_beam_scores_no_worse(talker_clips):
+    ended = 0
+    for seed in range(6):
+        model = tiny_avsr(seed, vocab=6)
+        encoded = model.encode(features(talker_clips[:1]))
+        expected, logprob = greedy(model, encoded, BOTH, 6)
+        (ids, mean), = model.generate(encoded, BOTH, max_tokens=6)
+        assert ids == expected and mean == pytest.approx(logprob, abs=1e-4)
+        ended += len(ids) < 6
+        (_, wide), = model.generate(encoded, BOTH, beam=6, max_tokens=2)
+        (_, narrow), = model.generate(encoded, BOTH, beam=1, max_tokens=2)
+        assert wide >= narrow - 1e-5
+    assert 0 < ended < 6, "these seeds no longer cover both ways of stopping"
+
+
+@torch.no_grad()
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_two_tokens(talker_clips):
+    model = tiny_avsr(3, vocab=6)
+    encoded = model.encode(features(talker_clips[:1]))
+    prefix = model.prefix(encoded, BOTH)[0]
+
+    def logp(ids):
+        x = torch.cat([prefix, model.llm.embed_tokens(torch.tensor(ids, dtype=torch.long))])
+        return model.llm.logits(model.llm.trunk(x[None])[0, -1]).log_softmax(-1).tolist()
+
+    eos, first = model.config.eos, logp([])
+    means = {(): first[eos]} | {(a,) if b == eos else (a, b): (first[a] + second) / 2
+                                for a in range(6) if a != eos for b, second in enumerate(logp([a]))}
+    (ids, mean), = model.generate(encoded, BOTH, beam=6, max_tokens=2)
+    assert tuple(ids) == max(means, key=means.get) and mean == pytest.approx(max(means.values()), abs=1e-4)
+
+
+def test_one_batch_overfits_to_wer_0(talker_clips):
+    tokenizer = data.make_tokenizer(sorted({w for clip in talker_clips for w in clip.text.split()}))
+    model = tiny_avsr(vocab=tokenizer.n_vocab).train()
+    x, labels = features(talker_clips), [tokenizer.encode(f" {clip.text}") for clip in talker_clips]
+    pairs = [BOTH, {"audio": 8}]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(120):
+        loss = model.loss(x, labels, pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    for rates in pairs:
+        told = [tokenizer.decode(ids).strip() for ids, _ in model.generate(model.encode(x), rates)]
+        assert jiwer.wer([clip.text for clip in talker_clips], told) == 0, told
+
+
+def test_checkpoint_round_trip_and_same_bytes(tiny, tmp_path, talker_clips):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_model(tiny, tmp_path / name, rates=[[4, 2]])
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    loaded, config = load_model(tmp_path / "a")
+    assert config["rates"] == [[4, 2]] and loaded.config == tiny.config and isinstance(loaded, AVSR)
+    for a, b in zip(tiny.prefix(tiny.encode(features(talker_clips)), BOTH), loaded.prefix(loaded.encode(features(talker_clips)), BOTH)):
+        assert torch.equal(a, b)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_model(tmp_path)

@@ -1,0 +1,205 @@
+"""python -m pytest tests/test_train.py: the two commands, their flags, their files, wrong use."""
+import json
+import re
+import shlex
+from dataclasses import fields
+
+import jiwer
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from safetensors.torch import load_file
+
+import data
+import sample
+import train
+
+TINY = "--clips 12 --test-clips 4 --encoder-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
+
+
+# --- flags ---
+
+@pytest.mark.parametrize("text, pairs", [("2,4,8", [(2, 2), (4, 4), (8, 8)]), ("4:2,16:5", [(4, 2), (16, 5)]), ("3", [(3, 3)]),
+                                         ("4,16x2,5", [(4, 2), (4, 5), (16, 2), (16, 5)]), ("4,4:4,8:2", [(4, 4), (8, 2)])])
+def test_rates(text, pairs):
+    assert train.parse_rates(text) == pairs
+
+
+@pytest.mark.parametrize("text", ["", "2,,4", "a", "4:", ":4", "0", "-2", "2.5", "4x", "4x2x1", "4:2:1", "2;4"])
+def test_bad_rates(text, capsys):
+    with pytest.raises(ValueError, match="rate"):
+        train.parse_rates(text)
+    with pytest.raises(SystemExit) as end:
+        train.main(["--rates", text])
+    assert end.value.code == 2 and "rate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rates_of_a_task():
+    pairs = [(4, 2), (4, 5), (16, 2)]
+    assert train.task_rates("avsr", pairs) == [{"audio": 4, "video": 2}, {"audio": 4, "video": 5}, {"audio": 16, "video": 2}]
+    assert train.task_rates("asr", pairs) == [{"audio": 4}, {"audio": 16}]
+    assert train.task_rates("vsr", pairs) == [{"video": 2}, {"video": 5}]
+
+
+@pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps 0", "--top-k 9", "--place mlp", "--steps x"])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(flags.split())
+    assert end.value.code == 2 and flags.split()[0].lstrip("-").replace("-", "_")[:3] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_flag_has_one_default_and_a_help_line(capsys):
+    assert train.parse_args([]) == train.TrainConfig()
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    told = capsys.readouterr().out
+    for f in fields(train.TrainConfig):
+        assert "--" + f.name.replace("_", "-") in told
+    assert told.index("--rates") < told.index("--n-routed") < told.index("--lr")
+
+
+def test_readme_commands_parse():
+    commands = re.findall(r"^ {4}(?:.*&& )?python (train|sample|data)\.py ?(.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _ in commands} == {"train", "sample", "data"}
+    for name, arguments in commands:
+        argv = shlex.split(arguments, comments=True)
+        if name == "train":
+            train.parse_args(argv)
+        else:
+            {"sample": sample, "data": data}[name].parse_args(argv)
+
+
+# --- training ---
+
+def test_frame_units():
+    clip = data.Clip("", "", aligned=(("rest", 0.1), ("B", 0.2), ("IY", 0.4)))
+    assert train.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_what_training_writes(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {(r["task"], r["audio_rate"], r["video_rate"], r["snr_db"]) for r in metrics["rows"]} == (
+        {("avsr", a, v, snr) for a, v in ((2, 2), (4, 8)) for snr in (None, -5.0)}
+        | {("asr", a, None, snr) for a in (2, 4) for snr in (None, -5.0)} | {("vsr", None, v, None) for v in (2, 8)})
+    for row in metrics["rows"]:
+        assert row["clips"] == 5 and row["words"] == 30 and row["split"] == "test" and row["wer"] >= 0
+    assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2", "stage 3", "test"}
+    assert metrics["config"]["rates"] == "2:2,4:8"
+    assert len(list((trained / "samples").glob("*.mp4"))) == len(list((trained / "samples").glob("*.txt"))) == 3
+    assert sorted(p.name for p in trained.iterdir()) == ["cache", "config.json", "metrics.json", "model.safetensors", "samples", "tokenizer.json"]
+    assert str(trained) not in (trained / "config.json").read_text()
+
+
+def test_frozen_parts_are_bit_identical_to_stages_1_and_2(trained):
+    model = load_file(trained / "model.safetensors")
+    for name, prefix in (("audio-encoder", "encoders.audio."), ("video-encoder", "encoders.video."), ("llama", "llm.")):
+        path, = (trained / "cache").glob(f"{name}-*.safetensors")
+        for key, tensor in load_file(path).items():
+            assert torch.equal(model[prefix + key], tensor), key
+    assert any(model[k].abs().sum() > 0 for k in model if k.endswith("mome.up"))  # and stage 3 did train
+
+
+def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, capsys):
+    argv = ["--rates", "2:2,4:8", *"--clips 12 --test-clips 5 --encoder-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()]
+    assert train.main([*argv, "--out", str(tmp_path), "--cache", str(trained / "cache")]) == 0
+    assert "found in" in capsys.readouterr().out
+    rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (trained, tmp_path)]
+    assert rows[0] == rows[1] and (trained / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert train.main([*argv, "--out", str(tmp_path), "--eval-only"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == rows[0]
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+    assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (SHARED / "digits").is_dir(), reason="needs the real digit strings beside the project")
+def test_real_voices(tmp_path, capsys):
+    for part in ("train", "test"):
+        (tmp_path / "digits" / part).mkdir(parents=True)
+        for path in sorted((SHARED / "digits" / part).glob("*_00[0-4]?.*")):
+            (tmp_path / "digits" / part / path.name).symlink_to(path)
+    argv = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "out"), "--rates", "4,8", *TINY]
+    assert train.main(argv) == 2
+    assert "no train clip has audio and video, which avsr needs" in capsys.readouterr().err
+    assert train.main([*argv, "--tasks", "asr"]) == 0
+    rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
+    assert [(r["task"], r["audio_rate"], r["video_rate"], r["snr_db"]) for r in rows] == [
+        ("asr", 4, None, None), ("asr", 8, None, None), ("asr", 4, None, -5), ("asr", 8, None, -5)]
+    capsys.readouterr()
+    assert sample.main(["--ckpt", str(tmp_path / "out")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert sample.main(["--ckpt", str(tmp_path / "out"), "--task", "vsr"]) == 2
+    assert "reads audio only" in capsys.readouterr().err
+
+
+def test_missing_data(tmp_path, capsys):
+    assert train.main(["--data", str(tmp_path / "nowhere")]) == 2
+    assert train.main(["--data", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "nowhere" in told[0] and "no clips here" in told[1]
+
+
+# --- sample.py ---
+
+def run(capsys, *argv):
+    code = sample.main([str(a) for a in argv])
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    return code, told.out.splitlines(), told.err.splitlines()
+
+
+def test_sample_default_clips_and_json(trained, capsys):
+    code, out, err = run(capsys, "--ckpt", trained)
+    assert code == 0 and len(out) == 3 and not err
+    code, lines, _ = run(capsys, "--ckpt", trained, "--json")
+    answers = [json.loads(line) for line in lines]
+    assert code == 0 and [a["text"] for a in answers] == out
+    for answer in answers:
+        assert set(answer) == {"clip", "text", "task", "audio_rate", "video_rate", "tokens", "seconds", "logprob"}
+        assert (answer["task"], answer["audio_rate"], answer["video_rate"]) == ("avsr", 2, 2) and answer["logprob"] <= 0
+
+
+def test_sample_rates_tasks_and_beam(trained, capsys):
+    clip = next((trained / "samples").glob("*.mp4"))
+    frames = len(data.read_clip(clip).frames)
+    for flags, task, rates, tokens in (
+            ("--rate 4", "avsr", (4, 4), 6 + -(-2 * frames // 4) + -(-frames // 4)), ("--rate 8:3 --beam 3", "avsr", (8, 3), 6 + -(-2 * frames // 8) + -(-frames // 3)),
+            ("--task asr --rate 5", "asr", (5, None), 4 + -(-2 * frames // 5)), ("--task vsr --rate 4:1", "vsr", (None, 1), 4 + frames)):
+        code, out, _ = run(capsys, "--ckpt", trained, clip, "--json", *flags.split())
+        answer = json.loads(out[0])
+        assert code == 0 and answer["task"] == task and (answer["audio_rate"], answer["video_rate"]) == rates
+        assert answer["tokens"] == tokens
+
+
+def test_sample_agrees_with_training(trained):
+    model, config, tokenizer = sample.load(str(trained))
+    clip = sorted((trained / "samples").glob("*.mp4"))[0]
+    answer = sample.transcribe(clip, trained, rate="4:8")
+    row = train.evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], ["avsr"], [(4, 8)], [None], tokenizer, "cpu")[0]
+    assert row["wer"] == jiwer.wer("bin blue at f two now", answer["text"])
+
+
+def test_sample_wrong_use(trained, tmp_path, capsys):
+    good = sorted((trained / "samples").glob("*.mp4"))[0]
+    silent, text, empty = tmp_path / "silent.mp4", tmp_path / "text.mp4", tmp_path / "folder"
+    data.ffmpeg(good, "-an", "-c:v", "copy", str(silent))
+    text.write_text("not media")
+    empty.mkdir()
+    for argv, code, said in (
+            (["--ckpt", tmp_path / "none"], 2, "no config.json"), (["--ckpt", trained, "--rate", "fast", good], 2, "rates 'fast'"),
+            (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
+            (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
+            (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, empty], 2, "no such file"),
+            (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only"), (["--ckpt", trained, silent], 0, None)):
+        got, out, err = run(capsys, *argv)
+        assert got == code, (argv, err)
+        assert err == [] if said is None else (len(err) == 1 and said in err[0]), (argv, err)
+        assert len(out) == sum(a in (good, silent) for a in argv) * (code < 2), argv
+
+
+@pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real GRID clips beside the project")
+def test_real_faces_are_read(trained, capsys):
+    code, out, err = run(capsys, *sorted((SHARED / "grid").glob("*.mpg")), "--ckpt", trained, "--json")
+    assert code == 0 and len(out) == 8 and not err
+    assert all(json.loads(line)["tokens"] == 6 + 75 + 38 for line in out)
