@@ -130,7 +130,7 @@ def batch(clips, streams, rng=None, voices=()):
         rows = []
         for clip in clips:
             power = 10 ** torch.from_numpy(clip.mel).float()
-            if rng and voices and rng.random() < 0.6:
+            if rng and voices and rng.random() < 0.5:
                 power = noisy_power(power, voices, rng)
             mel = compress(power)
             if rng:
@@ -347,25 +347,29 @@ def cut_digit_strings(recordings, out, talkers, seed):
             name.with_suffix(".txt").write_text(" ".join(DIGITS[d] for d in digits) + "\n")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    if argv[:1] == ["fsdd"]:
-        parser.add_argument("command")
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fsdd = argv[:1] == ["fsdd"]
+    if fsdd:
+        parser.add_argument("command", help="fsdd")
         parser.add_argument("recordings", type=Path, help="the dataset's folder of {digit}_{talker}_{take}.wav")
-        parser.add_argument("out", type=Path)
+        parser.add_argument("out", type=Path, help="folder to write")
         parser.add_argument("--talkers", default="george,jackson,nicolas,theo", help="comma-separated (default %(default)s)")
     else:
         parser.add_argument("--out", type=Path, default=Path("clips"), help="folder to write (default %(default)s)")
         parser.add_argument("--count", type=int, default=8, help="number of clips (default %(default)s)")
-        parser.add_argument("--split", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+        parser.add_argument("--part", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    return parser.parse_args(argv, argparse.Namespace(fsdd=fsdd))
+
+
+def main(argv=None):
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["fsdd"]:
+        if args.fsdd:
             cut_digit_strings(args.recordings, args.out, args.talkers.split(","), args.seed)
         else:
-            for path in write_talker_clips(args.out, args.count, args.split, args.seed):
+            for path in write_talker_clips(args.out, args.count, args.part, args.seed):
                 print(path)
     except (ClipError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

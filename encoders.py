@@ -26,11 +26,13 @@ MELS_PER_AUDIO_TOKEN = 2                      # the stride of the audio encoder'
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Sizes of the audio encoder; the defaults are the tiny stand-in, Whisper-medium is (80, 1024, 24, 16, 1500)."""
+    """Sizes of the audio encoder; the defaults are the tiny stand-in, Whisper-medium is (80, 1024, 24, 16, pos_kernel=0)."""
     n_mels: int = 80
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
+    pos_kernel: int = 31    # as in VideoConfig; Whisper has no such convolution (0), but a tiny encoder with little data
+    pos_groups: int = 128   # learns several times faster with it (not in the paper)
     max_tokens: int = 1500  # 30 s
 
 
@@ -46,7 +48,7 @@ class VideoConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
-    pos_kernel: int = 16                   # of the convolution that tells the transformer about order
+    pos_kernel: int = 16                   # tokens that the convolution which tells order reaches over
     pos_groups: int = 4
 
 
@@ -119,6 +121,16 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
 
+class PositionConv(nn.Conv1d):
+    """x (B, T, D), zero at padding -> (B, T, D): adds what the neighbours say, AV-HuBERT's way of telling order."""
+
+    def __init__(self, dim, kernel, groups):
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=groups)
+
+    def forward(self, x):
+        return x + F.gelu(super().forward(x.transpose(1, 2))[..., :x.shape[1]]).transpose(1, 2)
+
+
 class AudioEncoder(nn.Module):
     """Log-mel (B, M, frames) -> (B, T, D) at 50 tokens a second, in Whisper's layout (openai/whisper, `AudioEncoder`)."""
 
@@ -130,6 +142,7 @@ class AudioEncoder(nn.Module):
         rates = torch.exp(-math.log(1e4) / (dim // 2 - 1) * torch.arange(dim // 2))
         angles = torch.arange(config.max_tokens)[:, None] * rates
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=1))
+        self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups) if config.pos_kernel else None
         self.blocks = nn.ModuleList(Block(dim, config.n_heads, key_bias=False) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -146,6 +159,7 @@ class AudioEncoder(nn.Module):
         assert x.shape[1] <= len(self.positions), f"{x.shape[1]} audio tokens, at most {len(self.positions)}"
         x = x + self.positions[:x.shape[1]]
         mask = length_mask(self.n_tokens(lengths), x.shape[1])
+        x = x if self.pos_conv is None else self.pos_conv(x * mask[..., None])
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
@@ -188,7 +202,7 @@ class VideoEncoder(nn.Module):
             for stage, (c_in, c_out) in enumerate(stages) for block in range(config.blocks_per_stage)])
         self.proj = nn.Linear(config.channels[-1], dim)
         self.fuse_norm, self.fuse = nn.LayerNorm(2 * dim), nn.Linear(2 * dim, dim)
-        self.pos_conv = nn.Conv1d(dim, dim, config.pos_kernel, padding=config.pos_kernel // 2, groups=config.pos_groups)
+        self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups)
         self.blocks = nn.ModuleList(Block(dim, config.n_heads, key_bias=True) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim)
 
@@ -206,8 +220,7 @@ class VideoEncoder(nn.Module):
         x = self.trunk(x).mean(dim=(-2, -1))                                 # (B * T, C)
         x = self.proj(x).view(B, T, -1)                                      # (B, T, D)
         x = torch.cat([torch.zeros_like(x), x], dim=-1)                      # AV-HuBERT's audio half: absent, so zeros
-        x = self.fuse(self.fuse_norm(x)) * mask[:, :, None]
-        x = x + F.gelu(self.pos_conv(x.transpose(1, 2))[..., :T]).transpose(1, 2)
+        x = self.pos_conv(self.fuse(self.fuse_norm(x)) * mask[..., None])
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)

@@ -63,7 +63,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
             "logprob": round(logprob, 4)}
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
     parser.add_argument("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
@@ -71,7 +71,11 @@ def main(argv=None):
     parser.add_argument("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
     parser.add_argument("--beam", type=int, default=1, help="beam width, 1 is greedy (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of the text")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         if args.beam < 1:
             raise ValueError(f"--beam must be 1 or more, not {args.beam}")

@@ -37,6 +37,7 @@ from encoders import FPS, AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, PLACES, AVSRConfig, Llama, LlamaConfig, load_model, pool, save_model, write_whole
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
+TEST_BATCH = 100  # clips decoded together
 TASK_SHARE = {"avsr": 0.4, "asr": 0.25, "vsr": 0.35}  # of stage 3's steps; not in the paper
 
 
@@ -54,7 +55,7 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
     data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(700, "common", "of stage 3")
+    steps: int = flag(600, "common", "of stage 3")
     snr: str = flag("clean,0,-5", "common", "noise at test: 'clean' or dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -64,14 +65,14 @@ class TrainConfig:
     n_shared: int = flag(1, "MoME", "experts that every token passes")
     bottleneck: int = flag(8, "MoME", "width of an expert")
     place: str = flag("attn", "MoME", "what MoME stands beside: attention, feed-forward, whole layer", choices=PLACES)
-    batch_size: int = flag(16, "training", "clips in a step of stage 3")
+    batch_size: int = flag(8, "training", "clips in a step of stage 3")
     lr: float = flag(1.5e-3, "training", "peak learning rate of stage 3")
     weight_decay: float = flag(0.1, "training", "of stage 3")
-    clips: int = flag(4000, "training", "training clips of the synthetic talker")
+    clips: int = flag(3000, "training", "training clips of the synthetic talker")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
-    encoder_steps: int = flag(300, "training", "of stage 1, for each encoder")
-    ctc_steps: int = flag(600, "training", "of stage 1 on clips that come without an alignment (--data)")
-    llm_steps: int = flag(500, "training", "of stage 2")
+    encoder_steps: int = flag(400, "training", "of stage 1, for each encoder")
+    ctc_steps: int = flag(1000, "training", "of stage 1 on clips that come without an alignment (--data)")
+    llm_steps: int = flag(450, "training", "of stage 2")
 
 
 def parse_rates(text):
@@ -194,7 +195,7 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
     else by CTC. The output layer is thrown away; what stays is the encoder."""
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
-    batches = draws(clips, 24, rng)
+    batches = draws(clips, 8, rng)
 
     def loss_of(step):
         chosen = next(batches)
@@ -257,7 +258,7 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
     table = llm.embed_tokens
 
     def loss_of(step):
-        prefixes, labels = [], []
+        prefixes, labels, rates = [], [], [rng.randint(1, 8) for _ in range(rng.choice((1, 1, 2)))]
         for _ in range(32):
             text = rng.choice(texts)
             made_up = rng.random() < .3
@@ -265,9 +266,9 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
                 made_up = False
                 text = " ".join(rng.choices(words, k=max(1, rng.choice(lengths) + rng.randint(-2, 2))))
             parts = [table.weight[config.bos, None]]
-            for _ in range(rng.choice((1, 1, 2))):
+            for rate in rates:
                 x = ear(text, rng)[None]
-                parts.append(pool(x, torch.tensor([x.shape[1]]), rng.randint(1, 8))[0][0])
+                parts.append(pool(x, torch.tensor([x.shape[1]]), rate)[0][0])
             prefixes.append(torch.cat([*parts, table.weight[list(config.prompt)]]))
             labels.append(torch.tensor([*tokenizer.encode(f" {text}"), config.eos], device=device))
         return llm.transcript_loss(prefixes, labels)
@@ -314,9 +315,9 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
     model.eval()
     for snr in snrs:
         noisy = sorted(data.in_babble(clips, snr), key=lambda clip: (clip.streams, clip.duration))
-        for start in tqdm(range(0, len(noisy), 50), f"test, {'clean' if snr is None else f'{snr:g} dB'}", leave=False):
-            for streams in sorted({clip.streams for clip in noisy[start:start + 50]}):
-                chunk = [clip for clip in noisy[start:start + 50] if clip.streams == streams]
+        for start in tqdm(range(0, len(noisy), TEST_BATCH), f"test, {'clean' if snr is None else f'{snr:g} dB'}", leave=False):
+            for streams in sorted({clip.streams for clip in noisy[start:start + TEST_BATCH]}):
+                chunk = [clip for clip in noisy[start:start + TEST_BATCH] if clip.streams == streams]
                 encoded = model.encode(to(device, data.batch(chunk, [s for s in streams if s in model.streams])))
                 for task in tasks:
                     if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
