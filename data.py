@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import subprocess
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
 from mome import write_whole
-from talker import LEXICON, SPLITS, grid_sentences, random_job, synthesize
+from talker import LEXICON, SPLITS, random_job, synthesize
 
 
 class ClipError(ValueError):
@@ -61,7 +62,6 @@ class Clip:
 def talker_clip(job):
     """(part, index, seed, size, keep_wave) -> that clip of the synthetic talker; see talker.py."""
     part, index, seed, size, keep_wave = job
-    torch.set_num_threads(1)
     text, person, delivery = random_job(part, index, seed)
     wave, frames, aligned = synthesize(text, person, delivery, size)
     return with_mel(Clip(f"talker{person:04d}_{delivery:05d}", text, wave, frames, aligned=aligned), keep_wave)
@@ -70,7 +70,8 @@ def talker_clip(job):
 def talker_clips(part, count, seed, size=32):
     """`count` clips of the part's talkers and sentences, the same however many processes make them."""
     jobs = [(part, i, seed, size, part == "test") for i in range(count)]
-    with multiprocessing.get_context("spawn").Pool() as workers:
+    n_workers = min(8, count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    with multiprocessing.get_context("spawn").Pool(n_workers, torch.set_num_threads, (1,)) as workers:
         return list(tqdm(workers.imap(talker_clip, jobs, chunksize=20), f"{part} clips", count, leave=False))
 
 
@@ -123,7 +124,7 @@ def noisy_power(power, voices, rng):
 def batch(clips, streams, rng=None, voices=()):
     """Clips -> {stream: (x, lengths)} as the model reads them, zero-padded: audio (B, M, frames), video (B, 1, T, H, W).
 
-    With a random.Random `rng` they are augmented: babble of `voices`, masks in time and frequency, shifted and
+    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), masks in time and frequency, shifted and
     mirrored mouths."""
     features = {}
     if "audio" in streams:
@@ -151,11 +152,16 @@ def batch(clips, streams, rng=None, voices=()):
     return features
 
 
+def to(device, features):
+    """Move features to a device."""
+    return {stream: (x.to(device), lengths.to(device)) for stream, (x, lengths) in features.items()}
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 def normalize(text):
     """What training, WER and transcripts share: lower case, letters, digits and apostrophes, single spaces."""
-    return " ".join(re.sub(r"[^\w']|_", " ", text.lower()).split())
+    return " ".join(re.sub(r"[^\w']|_", " ", text.lower().replace("’", "'")).split())
 
 
 def spell(text):
@@ -163,11 +169,14 @@ def spell(text):
     return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
 
 
+SPECIAL_TOKENS = ("<bos>", "<eos>", "<transcribe>")  # the last is the whole prompt
+
+
 def make_tokenizer(words):
     """A tiktoken Encoding of <bos>, <eos>, the prompt, all bytes, and each word with its leading space as one token."""
     pieces = [bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words]
     return tiktoken.Encoding("mome", pat_str=r" ?\S+|\s+", mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
-                             special_tokens={name: len(pieces) + i for i, name in enumerate(("<bos>", "<eos>", "<transcribe>"))})
+                             special_tokens={name: len(pieces) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 def common_words(texts, most=4096):
@@ -189,6 +198,7 @@ def load_tokenizer(folder):
 
 # --- real clips ------------------------------------------------------------------------------------------------------
 
+MAX_SECONDS = 30  # the reach of the audio encoder's positions
 SOUND, VIDEO = {".wav", ".flac", ".mp3"}, {".mp4", ".mpg", ".mov", ".avi", ".mkv", ".webm"}
 
 
@@ -210,12 +220,12 @@ def read_clip(path, size=32, text=""):
     Sound is padded or cut to 640 samples per frame. A missing stream is None; raises ClipError where both are."""
     path = Path(path)
     if not path.is_file():
-        raise ClipError(f"{path}: no such file")
+        raise ClipError(f"{path}: " + ("not a file" if path.exists() else "no such file"))
     frames = wave = None
     if path.suffix.lower() not in SOUND:
         square = f"fps={FPS},crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}:flags=area,format=gray"
         pictures = ffmpeg(path, "-map", "0:V:0?", "-vf", square, "-f", "rawvideo", "pipe:1")
-        frames = np.frombuffer(pictures, np.uint8).reshape(-1, size, size) if pictures else None
+        frames = np.frombuffer(pictures, np.uint8).reshape(-1, size, size).copy() if pictures else None
     sound = ffmpeg(path, "-map", "0:a:0?", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1")
     if sound:
         wave = np.frombuffer(sound, np.float32)
@@ -223,7 +233,10 @@ def read_clip(path, size=32, text=""):
         wave = np.pad(wave, (0, max(0, samples - len(wave))))[:samples]
     if frames is None and wave is None:
         raise ClipError(f"{path}: neither sound nor pictures in it")
-    return with_mel(Clip(str(path), text, wave, frames))
+    clip = with_mel(Clip(str(path), text, wave, frames))
+    if clip.duration > MAX_SECONDS:
+        raise ClipError(f"{path}: {clip.duration:.1f} s long; cut it into pieces of at most {MAX_SECONDS} s")
+    return clip
 
 
 def transcript(path):
@@ -247,12 +260,12 @@ def transcript(path):
 
 
 def folder_parts(folder, paths):
-    """{path: "train" | "test"}: by the folders train/ and test/ if both are there; else a fifth of the talkers (folders)
-    or, with a single folder, of the stems goes to the test part, chosen by checksum."""
+    """{path: "train" | "test"}: by the folders train/ and test/ if both are there; else a fifth of the talkers (the folders
+    at the highest level with several) or, with a single folder, of the stems goes to the test part, by checksum."""
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         return {p: p.relative_to(folder).parts[0] for p in paths if p.relative_to(folder).parts[0] in ("train", "test")}
-    talkers = {p.parent for p in paths}
-    key = (lambda p: str(p.parent.relative_to(folder))) if len(talkers) > 1 else (lambda p: p.stem)
+    depth = next((n for n in range(1, 9) if len({p.parent.relative_to(folder).parts[:n] for p in paths}) > 1), 0)
+    key = (lambda p: "/".join(p.parent.relative_to(folder).parts[:depth])) if depth else (lambda p: p.stem)
     keys = sorted({key(p) for p in paths}, key=lambda k: (zlib.crc32(k.encode()), k))
     tested = set(keys[:max(1, len(keys) // 5)])
     return {p: "test" if key(p) in tested else "train" for p in paths}
@@ -313,7 +326,7 @@ def write_talker_clips(out, count, part, seed, size=96):
     paths = []
     for i in tqdm(range(count), "writing clips", leave=False):
         clip = talker_clip((part, i, seed, size, True))
-        paths.append(out / f"{clip.name}.mp4")
+        paths.append(out / f"sample{i + 1}_{clip.name}.mp4")
         write_clip(clip, paths[-1])
     return paths
 
@@ -360,7 +373,10 @@ def parse_args(argv):
         parser.add_argument("--count", type=int, default=8, help="number of clips (default %(default)s)")
         parser.add_argument("--part", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    return parser.parse_args(argv, argparse.Namespace(fsdd=fsdd))
+    args = parser.parse_args(argv, argparse.Namespace(fsdd=fsdd))
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, not {args.seed}")
+    return args
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ class AudioConfig:
     n_layers: int = 2
     n_heads: int = 4
     pos_kernel: int = 31    # as in VideoConfig; Whisper has no such convolution (0), but a tiny encoder with little data
-    pos_groups: int = 128   # learns several times faster with it (not in the paper)
+    pos_groups: int = 0     # learns several times faster with it (not in the paper); 0: each channel on its own
     max_tokens: int = 1500  # 30 s
 
 
@@ -74,9 +74,9 @@ def mel_power(wave, n_mels=80):
     """Power in each mel band, 100 frames a second: wave (..., samples) at 16 kHz -> (..., n_mels, samples // 160).
 
     A reflect-padded, centred STFT without its last frame, as Whisper has it. Powers of sounds that are unrelated add up,
-    which is how training mixes noise in (train.py)."""
+    which is how training mixes noise in (data.noisy_power)."""
     assert wave.shape[-1] > N_FFT // 2, f"a wave of {wave.shape[-1]} samples is too short for a {N_FFT}-sample window"
-    flat = wave.reshape(-1, wave.shape[-1])
+    flat = wave.float().reshape(-1, wave.shape[-1])
     window = torch.hann_window(N_FFT, device=wave.device)
     stft = torch.stft(flat, N_FFT, HOP_LENGTH, window=window, return_complex=True)[..., :-1]
     power = mel_filters(n_mels).to(wave.device) @ stft.abs().square()
@@ -125,7 +125,7 @@ class PositionConv(nn.Conv1d):
     """x (B, T, D), zero at padding -> (B, T, D): adds what the neighbours say, AV-HuBERT's way of telling order."""
 
     def __init__(self, dim, kernel, groups):
-        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=groups)
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=groups or dim)
 
     def forward(self, x):
         return x + F.gelu(super().forward(x.transpose(1, 2))[..., :x.shape[1]]).transpose(1, 2)

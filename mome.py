@@ -13,11 +13,12 @@ Choices that the paper does not settle are marked `not in the paper`.
 """
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -53,7 +54,7 @@ class LlamaConfig:
             raise ValueError(f"n_routed {self.n_routed}, n_shared {self.n_shared}, bottleneck {self.bottleneck}: "
                              "counts of experts are 0 or more, a bottleneck is at least 1 wide")
         if self.n_routed and not 1 <= self.top_k <= self.n_routed:
-            raise ValueError(f"top_k {self.top_k}: a token goes to at least 1 and at most all {self.n_routed} routed experts")
+            raise ValueError(f"top_k {self.top_k}: a token goes to 1 or more and at most all {self.n_routed} routed experts")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions, head_dim, theta):
-    """cos and sin of the rotary angles at positions (..., T), in the half-split order of HF's Llama files -> two (..., T, D/H)."""
+    """cos and sin of the rotary angles at positions (..., T) -> two (..., T, D/H), in the half-split order of HF's Llamas."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[..., None].float() * rates
     angles = torch.cat([angles, angles], dim=-1)
@@ -366,7 +367,7 @@ class AVSR(nn.Module):
         return self.llm.norm.weight.device
 
     def train(self, mode=True):
-        """Frozen parts stay in eval mode: a BatchNorm would move its statistics even without gradients."""
+        """The frozen encoders stay in eval mode: a BatchNorm would move its statistics even without gradients."""
         super().train(mode)
         self.encoders.eval()
         return self
@@ -394,7 +395,7 @@ class AVSR(nn.Module):
         return [torch.cat(parts) for parts in rows]
 
     def loss(self, features, transcripts, pairs):
-        """Mean over the rate pairs of the next-token cross-entropy + 0.01 x the balancing loss (paper, section 3).
+        """Mean over the rate pairs of the next-token cross-entropy + the weighted balancing loss (paper, section 3).
 
         transcripts: B lists of token ids; pairs: a list of `rates`."""
         encoded = self.encode(features)
@@ -456,23 +457,32 @@ def write_whole(path, write):
 
 
 def save_model(model, folder, **more):
-    """Write model.safetensors, and config.json with the model's config and `more` (trained rates, tokenizer...)."""
+    """Write model.safetensors, and config.json with the model's config and `more` (rates, tasks)."""
     write_whole(Path(folder) / "model.safetensors", lambda path: save_file(model.state_dict(), path))
     text = json.dumps({"model": asdict(model.config), **more}, indent=2) + "\n"
     write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
 
 
+class CheckpointError(ValueError):
+    """A folder without a readable checkpoint; the message says which and what is wrong."""
+
+
 def load_model(folder):
-    """-> (AVSR in eval mode, the dict of config.json). Raises FileNotFoundError where `folder` holds no checkpoint."""
-    for name in ("config.json", "model.safetensors"):
-        if not (Path(folder) / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name} here; train a model into it (python train.py --out {folder})")
-    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    """-> (AVSR in eval mode, the dict of config.json). Raises CheckpointError where `folder` holds no checkpoint."""
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
 
     def build(kind, values):
         return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-    parts = {"llm": LlamaConfig, "audio": AudioConfig, "video": VideoConfig}
-    model = AVSR(build(AVSRConfig, config["model"] | {k: build(kind, config["model"][k]) for k, kind in parts.items()}))
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        parts = {name: build(kind, config["model"][name])
+                 for name, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
+        model = AVSR(build(AVSRConfig, config["model"] | parts))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of this version: {str(error).splitlines()[0]}") from None
     return model.eval(), config

@@ -1,4 +1,4 @@
-"""Transcribe clips with a trained model.
+"""Transcribe clips with a trained model; measure how well it does (train.py calls `evaluate`).
 
     python sample.py                              the three unseen clips that train.py wrote
     python sample.py clip.mp4 --rate 8 --json     one's own clip, with fewer tokens for the LLM to read
@@ -8,18 +8,62 @@ failed; 2 if nothing could be transcribed. From Python: `sample.transcribe("clip
 """
 import argparse
 import json
+import math
 import sys
 import time
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
+import jiwer
 import torch
+from tqdm import tqdm
 
 import data
 from encoders import VideoConfig
 from mome import load_model
-from train import TASKS, parse_rates, to
 
+
+TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
+TEST_BATCH = 100  # clips decoded together
+
+
+# --- rates and tasks -------------------------------------------------------------------------------------------------
+
+def parse_rates(text):
+    """'2,4,8' | '4:2,16:5' | '4,16x2,5' -> [(audio rate, video rate)], each once; ValueError says what is wrong."""
+    try:
+        if "x" in text:
+            audio, video = text.split("x")
+            pairs = list(product(map(int, audio.split(",")), map(int, video.split(","))))
+        else:
+            pairs = [(int(a), int(v or a)) for a, colon, v in (part.partition(":") for part in text.split(","))
+                     if v or not colon or int(v)]  # '4:' is an error as int('') is
+    except ValueError:
+        raise ValueError(f"rates {text!r} are not like '2,4,8', '4:2,16:5' or '4,16x2,5'") from None
+    if min(map(min, pairs)) < 1:
+        raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 or more")
+    return list(dict.fromkeys(pairs))
+
+
+def task_rates(task, pairs):
+    """The `rates` dicts of a task: every pair for avsr, the distinct rates of its one stream for asr and vsr."""
+    found = [{s: r for s, r in zip(("audio", "video"), pair) if s in TASKS[task]} for pair in pairs]
+    return [rates for i, rates in enumerate(found) if rates not in found[:i]]
+
+
+def parse_snrs(text):
+    """'clean,0,-5' -> [None, 0.0, -5.0], each once, clean always and first; ValueError says what is wrong."""
+    try:
+        snrs = [None if part == "clean" else float(part) for part in text.split(",")]
+        if not all(snr is None or math.isfinite(snr) for snr in snrs):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--snr {text!r}: expected 'clean' or dB, like clean,0,-5") from None
+    return list(dict.fromkeys([None, *snrs]))
+
+
+# --- transcribe a clip -----------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
 def load(ckpt):
@@ -38,7 +82,8 @@ def choose_rates(clip, model, config, rate=None, task=None):
     if lacking or not have:
         raise data.ClipError(f"{clip.name}: the clip has {' and '.join(clip.streams)} only, the model reads "
                              f"{' and '.join(model.streams)}" + (f", and task {task} needs {' and '.join(wanted)}" if task else ""))
-    pairs = parse_rates(rate) if rate else [min(config["rates"])]
+    pairs = parse_rates(rate) if rate else [min(config["rates"], key=lambda pair: [
+        r for s, r in zip(("audio", "video"), pair) if s in wanted])]
     if len(pairs) > 1:
         raise ValueError(f"rate {rate!r} names {len(pairs)} rates; a clip is read at one, like 4 or 4:2")
     rates = {s: r for s, r in zip(("audio", "video"), pairs[0]) if s in wanted}
@@ -50,18 +95,65 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
     """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
     before the first word), seconds, logprob (mean per output token).
 
-    Raises data.ClipError for a clip that cannot be read, FileNotFoundError for a missing checkpoint."""
+    Raises data.ClipError for a clip that cannot be read, CheckpointError for a missing checkpoint."""
     model, config, tokenizer = load(str(ckpt))
     start = time.perf_counter()
     clip = data.read_clip(path, VideoConfig().size if model.config.video is None else model.config.video.size)
     task, rates = choose_rates(clip, model, config, rate, task)
-    encoded = model.encode(to(model.device, data.batch([clip], rates)))
+    encoded = model.encode(data.to(model.device, data.batch([clip], rates)))
     (ids, logprob), = model.generate(encoded, rates, beam)
     return {"clip": str(path), "text": data.normalize(tokenizer.decode(ids)), "task": task,
             "audio_rate": rates.get("audio"), "video_rate": rates.get("video"),
             "tokens": len(model.prefix(encoded, rates)[0]), "seconds": round(time.perf_counter() - start, 3),
             "logprob": round(logprob, 4)}
 
+
+# --- measure: the word error rate of many clips at every rate --------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
+    """Corpus-level WER (jiwer, after data.normalize) of every task at every rate, clean and in babble -> metrics rows.
+
+    Each clip is encoded once for each noise and serves all tasks and rates; lips hear no noise, so vsr is tested clean."""
+    told = {}  # (task, rates, snr) -> [(reference, hypothesis)]
+    model.eval()
+    for snr in snrs:
+        noisy = sorted(data.in_babble(clips, snr), key=lambda clip: (clip.streams, clip.duration))
+        for start in tqdm(range(0, len(noisy), TEST_BATCH), f"test, {'clean' if snr is None else f'{snr:g} dB'}", leave=False):
+            for streams in sorted({clip.streams for clip in noisy[start:start + TEST_BATCH]}):
+                chunk = [clip for clip in noisy[start:start + TEST_BATCH] if clip.streams == streams]
+                encoded = model.encode(data.to(device, data.batch(chunk, [s for s in streams if s in model.streams])))
+                for task in tasks:
+                    if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
+                        for rates in task_rates(task, pairs):
+                            answers = [tokenizer.decode(ids) for ids, _ in model.generate(encoded, rates)]
+                            told.setdefault((task, tuple(rates.items()), snr), []).extend(
+                                (clip.text, data.normalize(answer)) for clip, answer in zip(chunk, answers))
+    rows = []
+    for (task, rates, snr), answers in told.items():
+        references, hypotheses = map(list, zip(*answers))
+        rows.append({"task": task, "audio_rate": dict(rates).get("audio"), "video_rate": dict(rates).get("video"),
+                     "snr_db": snr, "wer": jiwer.wer(references, hypotheses),
+                     "words": sum(len(r.split()) for r in references), "clips": len(references), "split": "test"})
+    return sorted(rows, key=lambda r: (tasks.index(r["task"]), -99 if r["snr_db"] is None else -r["snr_db"],
+                                       r["audio_rate"] or 0, r["video_rate"] or 0))
+
+
+def table(rows):
+    """The metrics rows as a text table: a line for each task and noise, a column for each audio:video rate."""
+    def rate(row):
+        return ":".join(str(r) for r in (row["audio_rate"], row["video_rate"]) if r)
+    columns = list(dict.fromkeys(rate(row) for row in rows))
+    lines = {}
+    for row in rows:
+        noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g} dB"
+        lines.setdefault((row["task"], noise), {})[rate(row)] = f"{100 * row['wer']:.1f}"
+    header = f"{'WER %':14}" + "".join(f"{column:>7}" for column in columns)
+    return "\n".join([header] + [f"{task:6}{noise:8}" + "".join(f"{cells.get(column, ''):>7}" for column in columns)
+                                 for (task, noise), cells in lines.items()])
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +187,7 @@ def main(argv=None):
         try:
             result = transcribe(path, args.ckpt, args.rate, args.task, args.beam)
             print(json.dumps(result) if args.json else result["text"], flush=True)
-        except data.ClipError as error:
+        except (data.ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1
     return 2 if failed == len(clips) else int(failed > 0)

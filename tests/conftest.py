@@ -15,6 +15,9 @@ from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
 SHARED = ROOT.parent / "shared"  # real clips that some tests use where they are at hand
 
 
+TRAINED = "--rates 2:2,4:8 --clips 12 --test-clips 5 --encoder-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()
+
+
 @pytest.fixture
 def tiny():
     """A small AVSR model whose MoME and projectors are random (a trained one's stand-in), in eval mode."""
@@ -24,7 +27,7 @@ def tiny():
 def tiny_avsr(seed=0, vocab=40, **experts):
     torch.manual_seed(seed)
     experts = {"n_routed": 4, "top_k": 2, "n_shared": 1, "bottleneck": 3, **experts}
-    model = AVSR(AVSRConfig(LlamaConfig(vocab, 32, 2, 4, 2, 48, **experts), AudioConfig(dim=16, n_layers=1, n_heads=2),
+    model = AVSR(AVSRConfig(LlamaConfig(vocab, 32, 2, 4, 2, 48, **experts), AudioConfig(dim=16, n_layers=1, n_heads=2, pos_groups=16),
                             VideoConfig(dim=16, n_layers=1, n_heads=2, stem_channels=4, channels=(4, 8), pos_kernel=4)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,6 +46,5 @@ def talker_clips():
 def trained(tmp_path_factory):
     """A checkpoint made by the whole of train.py in a few steps, for what needs one to exist rather than to be good."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    args = "--rates 2,4:8 --clips 12 --test-clips 5 --encoder-steps 1 --llm-steps 1 --steps 2 --snr clean,-5"
-    assert train.main([*args.replace("2,4:8", "2:2,4:8").split(), "--out", str(out)]) == 0
+    assert train.main([*TRAINED, "--out", str(out)]) == 0
     return out

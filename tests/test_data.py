@@ -41,9 +41,7 @@ def test_sound_frames_and_phonemes_are_aligned(talker_clips):
         ends = [end for _, end in clip.aligned]
         assert ends == sorted(ends) and len(clip.frames) - 1 < ends[-1] * FPS <= len(clip.frames) + 1e-6
         said = [phone for phone, _ in clip.aligned]
-        said = [p for i, p in enumerate(said) if p != "rest" and (i == 0 or p != said[i - 1])]
-        spelled = data.spell(clip.text)
-        assert said == [p for i, p in enumerate(spelled) if i == 0 or p != spelled[i - 1]]
+        assert [p for i, p in enumerate(said) if p != "rest" and p != said[i - 1]] == data.spell(clip.text)
         quiet, loud = [], []  # the sound is where the timeline says that someone speaks
         for (phone, end), start in zip(clip.aligned, [0] + ends):
             part = clip.wave[int(start * 16000):int(end * 16000)]
@@ -62,11 +60,33 @@ def test_sounds_that_look_alike_look_alike():
     assert np.abs(sounds["b"] - sounds["p"]).max() > 0.01
 
 
-def test_m_shows_closed_lips_like_b_and_p():
-    assert talker.VISEME_OF["M"] == talker.VISEME_OF["B"] == talker.VISEME_OF["P"] == "P"
+def test_p_b_m_frames_are_equal(monkeypatch):
+    for word in "pbm":
+        monkeypatch.setitem(talker.LEXICON, word, [word.upper(), "IY"])
+    pictures = [talker.synthesize(word, 7, 1)[1] for word in "pbm"]
+    assert np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[0], pictures[2])
+
+
+def test_lips_close_and_open_when_the_timeline_says(monkeypatch):
+    monkeypatch.setitem(talker.LEXICON, "papa", ["P", "AA", "P", "AA", "P"])
+    for person in range(5):
+        _, frames, aligned = talker.synthesize("papa", person)
+        dark = (frames < 50).sum((1, 2))
+        starts = [0] + [end for _, end in aligned]
+        middles = {phone: [] for phone in ("P", "AA")}
+        for (phone, end), start in zip(aligned, starts):
+            if phone == "AA":
+                middles["AA"].append(dark[round((start + end) / 2 * FPS - .5)])
+        for closure, burst in ((1, 2), (4, 5), (7, 8)):  # each P is two aims, after the first rest
+            assert aligned[closure][0] == aligned[burst][0] == "P"
+            middles["P"].append(dark[round((starts[closure] + aligned[burst][1]) / 2 * FPS - .5)])
+        assert min(middles["AA"]) > 3 * max(middles["P"]), (person, middles)
+
+
+def test_an_open_mouth_shows_its_cavity():
     open_mouth, closed = (talker.draw([("x", 0, 1, talker.SOUNDS["rest"], talker.VISEMES[v][1:])] * 3, 3,
                                       talker.random_talker(1), np.random.default_rng(0), 32)[1] for v in ("AA", "P"))
-    assert (open_mouth < 50).sum() > 60 > 5 > (closed < 50).sum()  # the dark cavity
+    assert (open_mouth < 50).sum() > 100 and (closed < 50).sum() < 20
 
 
 def test_talkers_differ_and_repeat():
@@ -130,7 +150,7 @@ def test_batch_shapes_and_augmentation(talker_clips):
 
 def test_normalize():
     assert data.normalize("  Bin BLUE, at F-2 (now)!\n") == "bin blue at f 2 now"
-    assert data.normalize("It's naïve_é") == "it's naïve é"
+    assert data.normalize("It's naïve_é, isn’t it") == "it's naïve é isn't it"
 
 
 def test_tokenizer(tmp_path):
@@ -171,7 +191,7 @@ def test_media_reading(media, talker_clips):
         assert clip.streams == {"wav": ("audio",), "flac": ("audio",), "mp3": ("audio",), "silent.mp4": ("video",),
                                 "sound.mp4": ("audio",)}.get(name, ("audio", "video")), name
         if clip.frames is not None:
-            assert abs(len(clip.frames) - len(original.frames)) <= (name in ("mpg", "webm", "avi")), name
+            assert abs(len(clip.frames) - len(original.frames)) <= (2 if name in ("mpg", "webm", "avi") else 0), name
             n = min(len(clip.frames), len(original.frames))
             assert np.abs(clip.frames[:n].astype(int) - original.frames[:n]).mean() < 12, name
         if clip.wave is not None:
@@ -205,6 +225,9 @@ def test_unreadable_media(tmp_path, content):
         data.read_clip(tmp_path / "bad.mp4")
     with pytest.raises(data.ClipError, match="no such file"):
         data.read_clip(tmp_path / "missing.mp4")
+    soundfile.write(tmp_path / "long.wav", np.zeros(8000 * 31), 8000)
+    with pytest.raises(data.ClipError, match="long.wav: 31.0 s long"):
+        data.read_clip(tmp_path / "long.wav")
 
 
 def test_transcripts(tmp_path):
@@ -253,6 +276,13 @@ def test_folder_splits_by_talker_or_stem(tmp_path):
         write_tone(tmp_path / "one" / f"{i}.wav", f"word {i}")
     one, again = data.folder_clips(tmp_path / "one"), data.folder_clips(tmp_path / "one")
     assert len(one["test"]) == 2 and len(one["train"]) == 8 and names(one) == names(again)
+
+
+def test_a_talker_s_sessions_stay_together(tmp_path):
+    for session in ("alice/day1", "alice/day2", "bob/day1", "carl/day1", "carl/day2"):
+        write_tone(tmp_path / session / "a.wav", session)
+    people = {part: {clip.name.split("/")[-3] for clip in found} for part, found in data.folder_clips(tmp_path).items()}
+    assert not people["train"] & people["test"]
 
 
 def test_folder_errors(tmp_path):

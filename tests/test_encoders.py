@@ -17,7 +17,7 @@ def test_log_mel_shape_and_range(n_mels):
     torch.testing.assert_close(log_mel(wave[1, 2], n_mels), mel[1, 2], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("hz", [300, 1000, 3000])
+@pytest.mark.parametrize("hz", [320, 1000, 3000])
 def test_a_tone_shows_in_its_mel_band(hz):
     tone = torch.sin(2 * np.pi * hz * torch.arange(16000) / 16000)
     filters = mel_filters(80)
@@ -28,7 +28,7 @@ def test_a_tone_shows_in_its_mel_band(hz):
 def test_mel_filters_are_slaneys():
     filters = mel_filters(80).double()
     area = filters.sum(1) * 40  # each triangle has unit area, as far as 40 Hz steps can show it
-    assert (area[40:] - 1).abs().max() < 0.06
+    assert (area[60:] - 1).abs().max() < 0.02
     peaks = filters.argmax(1) * 40.0
     assert (peaks[1:] >= peaks[:-1]).all() and peaks[26] == pytest.approx(1000, abs=60)  # the knee: 1 kHz is mel 15 of 45.2
 
@@ -42,7 +42,7 @@ def test_powers_of_unrelated_sounds_add_up():
 
 def encoders():
     torch.manual_seed(0)
-    audio, video = AudioEncoder(AudioConfig(dim=16, n_heads=2)), VideoEncoder(VideoConfig(dim=16, n_heads=2))
+    audio, video = AudioEncoder(AudioConfig(dim=16, n_heads=2, pos_groups=16)), VideoEncoder(VideoConfig(dim=16, n_heads=2))
     return audio.eval(), video.eval()
 
 
@@ -83,7 +83,7 @@ def test_the_stem_is_a_3d_convolution():
 
 
 def test_positions_are_whispers():
-    audio = AudioEncoder(AudioConfig(dim=8, n_heads=2))
+    audio = AudioEncoder(AudioConfig(dim=8, n_heads=2, pos_kernel=0))
     assert audio.positions.shape == (1500, 8)
     torch.testing.assert_close(audio.positions[3, :4], torch.sin(3 / 1e4 ** (torch.arange(4) / 3)))
     torch.testing.assert_close(audio.positions[3, 4:], torch.cos(3 / 1e4 ** (torch.arange(4) / 3)))

@@ -7,7 +7,7 @@ from dataclasses import fields
 import jiwer
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, TRAINED
 from safetensors.torch import load_file
 
 import data
@@ -41,7 +41,8 @@ def test_rates_of_a_task():
     assert train.task_rates("vsr", pairs) == [{"video": 2}, {"video": 5}]
 
 
-@pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps 0", "--top-k 9", "--place mlp", "--steps x"])
+@pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps 0", "--top-k 9", "--place mlp", "--steps x",
+                                   "--seed -1", "--lr nan", "--weight-decay -1"])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(flags.split())
@@ -72,7 +73,7 @@ def test_readme_commands_parse():
 # --- training ---
 
 def test_frame_units():
-    clip = data.Clip("", "", aligned=(("rest", 0.1), ("B", 0.2), ("IY", 0.4)))
+    clip = data.Clip("", "", aligned=(("rest", 0.09), ("B", 0.19), ("IY", 0.4)))
     assert train.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
@@ -100,13 +101,16 @@ def test_frozen_parts_are_bit_identical_to_stages_1_and_2(trained):
 
 
 def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, capsys):
-    argv = ["--rates", "2:2,4:8", *"--clips 12 --test-clips 5 --encoder-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()]
-    assert train.main([*argv, "--out", str(tmp_path), "--cache", str(trained / "cache")]) == 0
-    assert "found in" in capsys.readouterr().out
+    assert train.main([*TRAINED, "--out", str(tmp_path / "cached"), "--cache", str(trained / "cache")]) == 0
+    assert capsys.readouterr().out.count("found in") == 3
+    tmp_path = tmp_path / "fresh"
+    assert train.main([*TRAINED, "--out", str(tmp_path)]) == 0
+    assert "found in" not in capsys.readouterr().out
+    assert (trained / "model.safetensors").read_bytes() == (tmp_path.parent / "cached/model.safetensors").read_bytes()
     rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (trained, tmp_path)]
     assert rows[0] == rows[1] and (trained / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    assert train.main([*argv, "--out", str(tmp_path), "--eval-only"]) == 0
+    assert train.main([*TRAINED, "--out", str(tmp_path), "--eval-only"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == rows[0]
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
     assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
@@ -131,6 +135,21 @@ def test_real_voices(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert sample.main(["--ckpt", str(tmp_path / "out"), "--task", "vsr"]) == 2
     assert "reads audio only" in capsys.readouterr().err
+
+
+def test_a_folder_with_clips_that_lack_a_stream(tmp_path, capsys):
+    data.write_talker_clips(tmp_path / "clips", 8, "train", 0, size=32)
+    paths = sorted((tmp_path / "clips").glob("*.mp4"))
+    for path, options in ((paths[0], "-an -c:v copy"), (paths[1], "-vn -c:a copy")):
+        data.ffmpeg(path, *options.split(), str(tmp_path / "cut.mp4"))
+        (tmp_path / "cut.mp4").replace(path)
+    argv = ["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), "--rates", "4", *TINY, "--steps", "8",
+            "--n-routed", "0", "--n-shared", "0", "--snr", "clean"]
+    assert train.main(argv) == 0  # projectors only
+    assert "MoME 0," in capsys.readouterr().out
+    assert not [name for name in load_file(tmp_path / "out/model.safetensors") if "mome" in name]
+    assert sample.main([str(paths[0]), str(paths[1]), str(paths[2]), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
+    assert [json.loads(line)["task"] for line in capsys.readouterr().out.splitlines()] == ["vsr", "asr", "avsr"]
 
 
 def test_missing_data(tmp_path, capsys):
@@ -190,7 +209,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
             (["--ckpt", tmp_path / "none"], 2, "no config.json"), (["--ckpt", trained, "--rate", "fast", good], 2, "rates 'fast'"),
             (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
             (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
-            (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, empty], 2, "no such file"),
+            (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "x" * 300], 1, "xxx"), (["--ckpt", trained, empty], 2, "folder: not a file"),
             (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only"), (["--ckpt", trained, silent], 0, None)):
         got, out, err = run(capsys, *argv)
         assert got == code, (argv, err)
