@@ -196,8 +196,9 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
 # --- stage 2: a small Llama that has learned to listen ---------------------------------------------------------------
 
 class Mishearing(nn.Module):
-    """Texts as an imperfect ear would report them: sequences of vectors (T, D), with no sound or picture involved. Each unit lasts a few tokens; some are taken for others, neighbours smear, noise is added. The vectors are sums of a
-    table that is thrown away after stage 2: stage 3's projectors must find out how to speak to the LLM."""
+    """Texts as an imperfect ear would report them: sequences of vectors (T, D), with no sound or picture involved. Each
+    unit lasts a few tokens; some are taken for others, neighbours smear, noise is added. The vectors are sums of a table
+    that is thrown away after stage 2: stage 3's projectors must find out how to speak to the LLM."""
 
     def __init__(self, units, dim):
         super().__init__()
