@@ -55,7 +55,7 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
     data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(700, "common", "of stage 3")
+    steps: int = flag(0, "common", "of stage 3; 0: 700 with the synthetic talker, 1800 with --data")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -99,7 +99,7 @@ def parse_args(argv):
             if task not in TASKS:
                 raise ValueError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
         least = {f.name: int(f.type is int) for f in fields(config) if f.type in (int, float)}
-        for name, bound in (least | {"seed": 0, "n_routed": 0, "n_shared": 0}).items():
+        for name, bound in (least | {"steps": 0, "seed": 0, "n_routed": 0, "n_shared": 0}).items():
             if not bound <= getattr(config, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be {bound} or more, not {getattr(config, name)}")
         LlamaConfig(1, n_routed=config.n_routed, top_k=config.top_k, n_shared=config.n_shared,
@@ -116,8 +116,8 @@ def parse_args(argv):
 def fit(name, parameters, loss_of, steps, lr, weight_decay=0.01):
     """Minimise `loss_of(step)` by AdamW: short warm-up, cosine to 5%, gradients clipped to norm 1."""
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     warmup = min(30, steps // 10 + 1)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, 0.525 + 0.475 * math.cos(math.pi * step / steps)))
     progress = tqdm(range(steps), name)
@@ -278,7 +278,8 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, rng, device):
         features = data.to(device, data.batch(chosen, TASKS[task], rng, voices))
         return model.loss(features, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs))
 
-    fit("stage 3, MoME", trained, loss_of, config.steps, config.lr, config.weight_decay)
+    steps = config.steps or (1800 if config.data else 700)
+    fit("stage 3, MoME", trained, loss_of, steps, config.lr, config.weight_decay)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------

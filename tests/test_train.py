@@ -41,7 +41,7 @@ def test_rates_of_a_task():
     assert train.task_rates("vsr", pairs) == [{"video": 2}, {"video": 5}]
 
 
-@pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps 0", "--top-k 9", "--place mlp", "--steps x",
+@pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps -1", "--top-k 9", "--place mlp", "--steps x",
                                    "--seed -1", "--lr nan", "--weight-decay -1"])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as end:
