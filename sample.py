@@ -23,7 +23,6 @@ import data
 from encoders import VideoConfig
 from mome import load_model
 
-
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
 TEST_BATCH = 100  # clips decoded together
 
@@ -35,10 +34,10 @@ def parse_rates(text):
     try:
         if "x" in text:
             audio, video = text.split("x")
-            pairs = list(product(map(int, audio.split(",")), map(int, video.split(","))))
+            pairs = product(audio.split(","), video.split(","))
         else:
-            pairs = [(int(a), int(v or a)) for a, colon, v in (part.partition(":") for part in text.split(","))
-                     if v or not colon or int(v)]  # '4:' is an error as int('') is
+            pairs = [part.split(":") if ":" in part else (part, part) for part in text.split(",")]
+        pairs = [(int(audio), int(video)) for audio, video in pairs]
     except ValueError:
         raise ValueError(f"rates {text!r} are not like '2,4,8', '4:2,16:5' or '4,16x2,5'") from None
     if min(map(min, pairs)) < 1:
@@ -80,8 +79,9 @@ def choose_rates(clip, model, config, rate=None, task=None):
     wanted = TASKS[task] if task else have
     lacking = [s for s in wanted if s not in have]
     if lacking or not have:
+        needs = f", and task {task} needs {' and '.join(wanted)}" if task else ""
         raise data.ClipError(f"{clip.name}: the clip has {' and '.join(clip.streams)} only, the model reads "
-                             f"{' and '.join(model.streams)}" + (f", and task {task} needs {' and '.join(wanted)}" if task else ""))
+                             f"{' and '.join(model.streams)}{needs}")
     pairs = parse_rates(rate) if rate else [min(config["rates"], key=lambda pair: [
         r for s, r in zip(("audio", "video"), pair) if s in wanted])]
     if len(pairs) > 1:
@@ -95,7 +95,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
     """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
     before the first word), seconds, logprob (mean per output token).
 
-    Raises data.ClipError for a clip that cannot be read, CheckpointError for a missing checkpoint."""
+    Raises data.ClipError for a clip that cannot be read, ValueError for a bad rate or (CheckpointError) checkpoint."""
     model, config, tokenizer = load(str(ckpt))
     start = time.perf_counter()
     clip = data.read_clip(path, VideoConfig().size if model.config.video is None else model.config.video.size)
@@ -118,8 +118,9 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
     told = {}  # (task, rates, snr) -> [(reference, hypothesis)]
     model.eval()
     for snr in snrs:
+        name = "test, clean" if snr is None else f"test, {snr:g} dB"
         noisy = sorted(data.in_babble(clips, snr), key=lambda clip: (clip.streams, clip.duration))
-        for start in tqdm(range(0, len(noisy), TEST_BATCH), f"test, {'clean' if snr is None else f'{snr:g} dB'}", leave=False):
+        for start in tqdm(range(0, len(noisy), TEST_BATCH), name, leave=False):
             for streams in sorted({clip.streams for clip in noisy[start:start + TEST_BATCH]}):
                 chunk = [clip for clip in noisy[start:start + TEST_BATCH] if clip.streams == streams]
                 encoded = model.encode(data.to(device, data.batch(chunk, [s for s in streams if s in model.streams])))
@@ -176,7 +177,8 @@ def main(argv=None):
         model, *_ = load(args.ckpt)
         if args.task and not set(TASKS[args.task]) <= set(model.streams):
             raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {' and '.join(model.streams)} only")
-        clips = args.clips or sorted(p for p in Path(args.ckpt, "samples").glob("*") if p.suffix.lower() in data.SOUND | data.VIDEO)
+        clips = args.clips or sorted(path for path in Path(args.ckpt, "samples").glob("*")
+                                     if path.suffix.lower() in data.SOUND | data.VIDEO)
         if not clips:
             raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
     except (ValueError, OSError) as error:
