@@ -1,11 +1,9 @@
 """Clips: where they come from and how they become batches.
 
-A clip is sound, lips or both, with what is said. It comes from the synthetic talker (talker.py), or from a file of one's own:
+A clip is sound, lips or both, with what is said. It comes from the synthetic talker (talker.py) or from a file:
 
     python data.py --out clips --count 8      mp4 clips of the synthetic talker with their transcripts
     python data.py fsdd RECORDINGS OUT        digit strings cut from the Free Spoken Digit Dataset, real voices
-
-Then: normalisation, tokenizer, babble noise, batching. Axes as in encoders.py.
 """
 import argparse
 import json
@@ -28,6 +26,7 @@ import numpy as np
 import soundfile
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
@@ -121,34 +120,39 @@ def noisy_power(power, voices, rng):
     return power + babble * (power.mean() / babble.mean() * 10 ** (-rng.uniform(-7, 15) / 10))
 
 
+def at_pace(x, pace):
+    """x (T, ...) -> (T * pace, ...), each moment the nearest one of x."""
+    return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
+
+
 def batch(clips, streams, rng=None, voices=()):
     """Clips -> {stream: (x, lengths)} as the model reads them, zero-padded: audio (B, M, frames), video (B, 1, T, H, W).
 
-    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), masks in time and frequency, shifted and
-    mirrored mouths."""
+    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), masks in time and frequency,
+    mouths shifted and mirrored. Clips without alignment (real ones, of which there are few) get less babble and another pace."""
     features = {}
+    paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
     if "audio" in streams:
         rows = []
-        for clip in clips:
+        for clip, pace in zip(clips, paces):
             power = 10 ** torch.from_numpy(clip.mel).float()
-            if rng and voices and rng.random() < 0.5:
+            if rng and voices and rng.random() < (0.5 if clip.aligned else 0.25):
                 power = noisy_power(power, voices, rng)
             mel = compress(power)
             if rng:
                 band, moment = rng.randrange(mel.shape[0] - 10), rng.randrange(mel.shape[1])
                 mel[band:band + rng.randrange(10)] = 0
                 mel[:, moment:moment + rng.randrange(12)] = 0
-            rows.append(mel.T)
-        features["audio"] = torch.nn.utils.rnn.pad_sequence(rows, True).mT.contiguous(), torch.tensor([len(r) for r in rows])
+            rows.append(at_pace(mel.T, pace))
+        features["audio"] = pad_sequence(rows, True).mT.contiguous(), torch.tensor([len(row) for row in rows])
     if "video" in streams:
         rows = []
-        for clip in clips:
-            frames = torch.from_numpy(clip.frames)
+        for clip, pace in zip(clips, paces):
+            frames = at_pace(torch.from_numpy(clip.frames), pace)
             if rng:
-                frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2))
-                frames = frames.flip(2) if rng.random() < 0.5 else frames
+                frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2)).flip([2] * (rng.random() < 0.5))
             rows.append(frames.float() / 255)
-        features["video"] = torch.nn.utils.rnn.pad_sequence(rows, True)[:, None], torch.tensor([len(r) for r in rows])
+        features["video"] = pad_sequence(rows, True)[:, None], torch.tensor([len(row) for row in rows])
     return features
 
 
@@ -295,9 +299,8 @@ def folder_clips(folder, size=32):
                 clips[part].append(clip)
     tested = {clip.text for clip in clips["test"]}
     fresh = [clip for clip in clips["train"] if clip.text not in tested]
-    if len(fresh) < len(clips["train"]):
-        print(f"left out: {len(clips['train']) - len(fresh)} training clips of {folder} whose sentence is in its test part",
-              file=sys.stderr)
+    if dropped := len(clips["train"]) - len(fresh):
+        print(f"left out: {dropped} training clips of {folder} whose sentence is in its test part", file=sys.stderr)
     clips["train"] = fresh
     for part, found in clips.items():
         if not found:
@@ -315,8 +318,7 @@ def write_clip(clip, path):
         ffmpeg(f"{scratch}/sound.wav", "-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{width}x{height}", "-r", str(FPS),
                "-i", "pipe:0", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "96k",
                f"{scratch}/clip.mp4", feed=clip.frames.tobytes())
-        Path(scratch, "clip.txt").write_text(clip.text + "\n")
-        Path(scratch, "clip.txt").replace(path.with_suffix(".txt"))
+        write_whole(path.with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n"))
         Path(scratch, "clip.mp4").replace(path)
 
 
@@ -354,7 +356,8 @@ def cut_digit_strings(recordings, out, talkers, seed):
                 wave, rate = soundfile.read(path)
                 if rate != 8000 or wave.ndim != 1:
                     raise ClipError(f"{path}: {rate} Hz, {wave.ndim} axes; these recordings are 8000 Hz, mono")
-                pieces += [wave / (np.abs(wave).max() + 1e-6) * rng.uniform(.3, .8), np.zeros(int(rng.uniform(.04, .16) * 8000))]
+                pieces.append(wave / (np.abs(wave).max() + 1e-6) * rng.uniform(.3, .8))
+                pieces.append(np.zeros(int(rng.uniform(.04, .16) * 8000)))
             name = out / part / f"{talker}_{n:04d}"
             soundfile.write(name.with_suffix(".flac"), np.concatenate(pieces), 8000)
             name.with_suffix(".txt").write_text(" ".join(DIGITS[d] for d in digits) + "\n")

@@ -55,7 +55,7 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
     data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(0, "common", "of stage 3; 0: 700 with the synthetic talker, 1800 with --data")
+    steps: int = flag(0, "common", "of stage 3; 0: 700 with the synthetic talker, 2000 with --data")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -82,9 +82,7 @@ def parse_args(argv):
     groups = {}
     for f in fields(TrainConfig):
         title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        group = groups[title]
+        group = groups[title] = groups[title] if title in groups else parser.add_argument_group(title)
         name = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(name, action="store_true", help=f.metadata["help"])
@@ -228,9 +226,8 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
     """Pretrain the Llama to transcribe what `Mishearing` makes of sentences of `texts` and, three times in ten, of
     random words, pooled by 1 to 8, sometimes as two streams. Random words that make up a sentence in `tested` are redrawn."""
     ear = Mishearing(units, llm.config.dim).to(device)
-    words = data.common_words(texts)
+    words, table = data.common_words(texts), llm.embed_tokens
     lengths = [len(text.split()) for text in rng.sample(texts, min(1000, len(texts)))]
-    table = llm.embed_tokens
 
     def loss_of(step):
         prefixes, labels, rates = [], [], [rng.randint(1, 8) for _ in range(rng.choice((1, 1, 2)))]
@@ -278,7 +275,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, rng, device):
         features = data.to(device, data.batch(chosen, TASKS[task], rng, voices))
         return model.loss(features, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs))
 
-    steps = config.steps or (1800 if config.data else 700)
+    steps = config.steps or (2000 if config.data else 700)
     fit("stage 3, MoME", trained, loss_of, steps, config.lr, config.weight_decay)
 
 

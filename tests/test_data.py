@@ -146,6 +146,16 @@ def test_batch_shapes_and_augmentation(talker_clips):
     assert list(data.batch(talker_clips, ["video"])) == ["video"]
 
 
+def test_pace():
+    x = torch.arange(20.0)[:, None]
+    for pace in (0.85, 1.15, 1):
+        y = data.at_pace(x, pace)
+        assert len(y) == round(20 * pace) and (y[:, 0] - torch.arange(len(y)) / pace).abs().max() <= 1
+    real = [data.Clip("real", "", mel=np.zeros((80, 200), np.float16), frames=np.zeros((50, 32, 32), np.uint8))] * 8
+    lengths = {s: n.tolist() for s, (_, n) in data.batch(real, ["audio", "video"], random.Random(0)).items()}
+    assert len(set(lengths["audio"])) > 4 and all(abs(a - 4 * v) <= 3 for a, v in zip(lengths["audio"], lengths["video"]))
+
+
 # --- text ---
 
 def test_normalize():
