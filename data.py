@@ -213,7 +213,7 @@ def ffmpeg(path, *options, feed=None):
     if done.returncode and b"does not contain any stream" in done.stderr:
         return None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        said = re.sub(r"^\[.*?\] ", "", done.stderr.decode(errors="replace").strip()).splitlines() or ["nothing"]
         raise ClipError(f"{path}: not readable as media; ffmpeg says: {said[0]}")
     return done.stdout
 
@@ -282,7 +282,7 @@ def folder_clips(folder, size=32):
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUND | VIDEO and not p.name.startswith("."))
     if not paths:
-        raise ClipError(f"{folder}: no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them")
+        raise ClipError(f"{folder}: no such folder" if not folder.is_dir() else f"{folder}: no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them")
     parts, clips = folder_parts(folder, paths), {"train": [], "test": []}
 
     def read(path):
@@ -294,7 +294,7 @@ def folder_clips(folder, size=32):
     with ThreadPoolExecutor() as readers:
         for part, clip in tqdm(readers.map(read, parts), "reading clips", len(parts), leave=False):
             if part is None:
-                print(f"left out: {clip}", file=sys.stderr)
+                tqdm.write(f"left out: {clip}", file=sys.stderr)
             else:
                 clips[part].append(clip)
     tested = {clip.text for clip in clips["test"]}
@@ -377,8 +377,8 @@ def parse_args(argv):
         parser.add_argument("--part", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     args = parser.parse_args(argv, argparse.Namespace(fsdd=fsdd))
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or more, not {args.seed}")
+    if args.seed < 0 or not fsdd and args.count < 1:
+        parser.error("--seed must be 0 or more, and --count 1 or more")
     return args
 
 

@@ -484,5 +484,5 @@ def load_model(folder):
         model = AVSR(build(AVSRConfig, config["model"] | parts))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint of this version: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{folder}: damaged, or of another version: {str(error).splitlines()[0]}") from None
     return model.eval(), config

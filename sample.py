@@ -9,6 +9,7 @@ failed; 2 if nothing could be transcribed. From Python: `sample.transcribe("clip
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from functools import lru_cache
@@ -79,9 +80,8 @@ def choose_rates(clip, model, config, rate=None, task=None):
     wanted = TASKS[task] if task else have
     lacking = [s for s in wanted if s not in have]
     if lacking or not have:
-        needs = f", and task {task} needs {' and '.join(wanted)}" if task else ""
-        raise data.ClipError(f"{clip.name}: the clip has {' and '.join(clip.streams)} only, the model reads "
-                             f"{' and '.join(model.streams)}{needs}")
+        needs = f"task {task} needs {' and '.join(wanted)}" if task else f"the model reads {' and '.join(model.streams)}"
+        raise data.ClipError(f"{clip.name}: the clip has {' and '.join(clip.streams)} only, and {needs}")
     pairs = parse_rates(rate) if rate else [min(config["rates"], key=lambda pair: [
         r for s, r in zip(("audio", "video"), pair) if s in wanted])]
     if len(pairs) > 1:
@@ -172,7 +172,7 @@ def main(argv=None):
     try:
         if args.beam < 1:
             raise ValueError(f"--beam must be 1 or more, not {args.beam}")
-        if args.rate and len(parse_rates(args.rate)) > 1:
+        if args.rate is not None and len(parse_rates(args.rate)) > 1:
             raise ValueError(f"--rate {args.rate!r}: a clip is read at one rate, like 4 or 4:2")
         model, *_ = load(args.ckpt)
         if args.task and not set(TASKS[args.task]) <= set(model.streams):
@@ -188,12 +188,26 @@ def main(argv=None):
     for path in clips:
         try:
             result = transcribe(path, args.ckpt, args.rate, args.task, args.beam)
-            print(json.dumps(result) if args.json else result["text"], flush=True)
         except (data.ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1
+            continue
+        print(json.dumps(result) if args.json else result["text"], flush=True)
     return 2 if failed == len(clips) else int(failed > 0)
 
 
+def run_script(main):
+    """Run a script's main() and exit with its code; Ctrl-C and a closed pipe end it without a traceback."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # as in `python sample.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -35,9 +35,10 @@ from tqdm import tqdm
 import data
 from encoders import FPS, AudioConfig, VideoConfig
 from mome import AVSR, PLACES, AVSRConfig, CheckpointError, Llama, LlamaConfig, load_model, pool, save_model, write_whole
-from sample import TASKS, evaluate, parse_rates, parse_snrs, table, task_rates
+from sample import TASKS, evaluate, parse_rates, parse_snrs, run_script, table, task_rates
 from talker import grid_sentences
 
+EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
 TASK_SHARE = {"avsr": 0.4, "asr": 0.3, "vsr": 0.3}  # of stage 3's steps; not in the paper
 
 
@@ -100,8 +101,7 @@ def parse_args(argv):
         for name, bound in (least | {"steps": 0, "seed": 0, "n_routed": 0, "n_shared": 0}).items():
             if not bound <= getattr(config, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be {bound} or more, not {getattr(config, name)}")
-        LlamaConfig(1, n_routed=config.n_routed, top_k=config.top_k, n_shared=config.n_shared,
-                    bottleneck=config.bottleneck, place=config.place)
+        LlamaConfig(1, **{name: getattr(config, name) for name in EXPERTS})
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
     except ValueError as error:
@@ -325,7 +325,7 @@ def train_all(config, clips, tasks, device, watch):
     streams = {stream for task in tasks for stream in TASKS[task]}
     plain = AVSRConfig(LlamaConfig(tokenizer.n_vocab), AudioConfig() if "audio" in streams else None,
                        VideoConfig() if "video" in streams else None, bos=bos, eos=eos, prompt=(prompt,))
-    experts = {name: getattr(config, name) for name in ("n_routed", "top_k", "n_shared", "bottleneck", "place")}
+    experts = {name: getattr(config, name) for name in EXPERTS}
     torch.manual_seed(seed)
     model = AVSR(replace(plain, llm=replace(plain.llm, **experts))).to(device)
 
@@ -362,8 +362,8 @@ def run(config):
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:
-        model, _ = load_model(out)
-        model.to(device)
+        model = load_model(out)[0].to(device)
+        config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS})
         for task in tasks:
             if not set(TASKS[task]) <= set(model.streams):
                 raise data.ClipError(f"{out}: this model reads {' and '.join(model.streams)} only, not what {task} needs")
@@ -380,7 +380,7 @@ def run(config):
     text = json.dumps({"rows": rows, "seconds": watch, "config": asdict(config)}, indent=2) + "\n"
     write_whole(out / "metrics.json", lambda path: path.write_text(text, "utf-8"))
     print(table(rows))
-    print(", ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
+    print("; ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
 
 
 def write_samples(config, tested, folder):
@@ -390,10 +390,12 @@ def write_samples(config, tested, folder):
         old.unlink()
     if config.data:
         for i, clip in enumerate(tested[:3], 1):
-            shutil.copy(clip.name, folder / f"sample{i}_{Path(clip.name).name}")
+            copy = folder / f"sample{i}_{Path(clip.name).name}"
+            shutil.copy(clip.name, copy)
+            copy.with_suffix(".txt").write_text(clip.text + "\n", "utf-8")
     else:
         data.write_talker_clips(folder, 3, "test", config.seed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -34,6 +34,13 @@ def test_bad_rates(text, capsys):
     assert end.value.code == 2 and "rate" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("argv", [["--count", "0"], ["--seed", "-1"], ["fsdd"]])
+def test_bad_data_flags(argv):
+    with pytest.raises(SystemExit) as end:
+        data.main(argv)
+    assert end.value.code == 2
+
+
 def test_rates_of_a_task():
     pairs = [(4, 2), (4, 5), (16, 2)]
     assert train.task_rates("avsr", pairs) == [{"audio": 4, "video": 2}, {"audio": 4, "video": 5}, {"audio": 16, "video": 2}]
@@ -113,6 +120,9 @@ def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, cap
     assert train.main([*TRAINED, "--out", str(tmp_path), "--eval-only"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == rows[0]
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+    assert train.main("--eval-only --rates 3 --tasks asr --test-clips 3 --n-routed 2".split() + ["--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {r["audio_rate"] for r in metrics["rows"]} == {3} and metrics["config"]["n_routed"] == 8  # the model's, not the flag's
     assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
     assert "no config.json" in capsys.readouterr().err
 
@@ -156,7 +166,7 @@ def test_missing_data(tmp_path, capsys):
     assert train.main(["--data", str(tmp_path / "nowhere")]) == 2
     assert train.main(["--data", str(tmp_path)]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "nowhere" in told[0] and "no clips here" in told[1]
+    assert len(told) == 2 and "nowhere: no such folder" in told[0] and "no clips here" in told[1]
 
 
 # --- sample.py ---
@@ -207,7 +217,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
     empty.mkdir()
     for argv, code, said in (
             (["--ckpt", tmp_path / "none"], 2, "no config.json"), (["--ckpt", trained, "--rate", "fast", good], 2, "rates 'fast'"),
-            (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
+            (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--rate", "", good], 2, "rates"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
             (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
             (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "x" * 300], 1, "xxx"), (["--ckpt", trained, empty], 2, "folder: not a file"),
             (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only"), (["--ckpt", trained, silent], 0, None)):
