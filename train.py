@@ -292,8 +292,7 @@ def main(argv=None):
 
 
 class Stopwatch(dict):
-    """Seconds of each stage, by name."""
-    since = 0.0
+    """Seconds of each stage, by name; `since` is when the running one began."""
 
     def lap(self, stage):
         self[stage], self.since = round(time.perf_counter() - self.since, 1), time.perf_counter()

@@ -219,7 +219,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
             (["--ckpt", tmp_path / "none"], 2, "no config.json"), (["--ckpt", trained, "--rate", "fast", good], 2, "rates 'fast'"),
             (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--rate", "", good], 2, "rates"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
             (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
-            (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "x" * 300], 1, "xxx"), (["--ckpt", trained, empty], 2, "folder: not a file"),
+            (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "w" * 300], 1, "www"), (["--ckpt", trained, empty], 2, "folder: not a file"),
             (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only"), (["--ckpt", trained, silent], 0, None)):
         got, out, err = run(capsys, *argv)
         assert got == code, (argv, err)
