@@ -12,9 +12,11 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
 from mome import write_whole
-from talker import LEXICON, SPLITS, random_job, synthesize
+from talker import SPLITS, random_job, synthesize
 
 
 class ClipError(ValueError):
@@ -58,6 +60,13 @@ class Clip:
         return len(self.frames) / FPS if self.mel is None else self.mel.shape[1] / (SAMPLE_RATE // HOP_LENGTH)
 
 
+def start_worker(threads):
+    """How a worker process begins: with its share of the cores, and leaving Ctrl-C to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own; a lock between processes would outlive it
+
+
 def talker_clip(job):
     """(part, index, seed, size, keep_wave) -> that clip of the synthetic talker; see talker.py."""
     part, index, seed, size, keep_wave = job
@@ -70,7 +79,7 @@ def talker_clips(part, count, seed, size=32):
     """`count` clips of the part's talkers and sentences, the same however many processes make them."""
     jobs = [(part, i, seed, size, part == "test") for i in range(count)]
     n_workers = min(8, count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    with multiprocessing.get_context("spawn").Pool(n_workers, torch.set_num_threads, (1,)) as workers:
+    with multiprocessing.get_context("spawn").Pool(n_workers, start_worker, (1,)) as workers:
         return list(tqdm(workers.imap(talker_clip, jobs, chunksize=20), f"{part} clips", count, leave=False))
 
 
@@ -94,20 +103,15 @@ def add_babble(wave, voices, snr_db, rng):
     return wave + np.float32(gain) * babble
 
 
-def in_babble(clips, snr_db, n_voices=4):
-    """The clips with the babble of `n_voices` other clips of theirs, the same at every call; None is no noise."""
-    if snr_db is None:
-        return clips
-    voices, noisy = [clip for clip in clips if clip.wave is not None], []
-    for clip in clips:
-        if clip.wave is not None:
-            rng = random.Random(f"{clip.name} {snr_db}")
-            others = [other.wave for other in rng.sample(voices, min(n_voices + 1, len(voices))) if other is not clip]
-            if not others:
-                raise ClipError("babble is made of other clips' voices, and there is no other clip here: use --snr clean")
-            clip = with_mel(replace(clip, wave=add_babble(clip.wave, others[:n_voices], snr_db, rng)))
-        noisy.append(clip)
-    return noisy
+def in_babble(clip, snr_db, voices, n_voices=4):
+    """The clip in the babble of `n_voices` of the `voices` (clips with waves), the same at every call; None is no noise."""
+    if snr_db is None or clip.wave is None:
+        return clip
+    rng = random.Random(f"{clip.name} {snr_db}")
+    others = [other.wave for other in rng.sample(voices, min(n_voices + 1, len(voices))) if other is not clip]
+    if not others:
+        raise ClipError("babble is made of other clips' voices, and there is no other clip here: use --snr clean")
+    return with_mel(replace(clip, wave=add_babble(clip.wave, others[:n_voices], snr_db, rng)))
 
 
 def noisy_power(power, voices, rng):
@@ -166,11 +170,6 @@ def to(device, features):
 def normalize(text):
     """What training, WER and transcripts share: lower case, letters, digits and apostrophes, single spaces."""
     return " ".join(re.sub(r"[^\w']|_", " ", text.lower().replace("’", "'")).split())
-
-
-def spell(text):
-    """The units the encoders learn to tell apart: phonemes where the lexicon has the word, else the word itself."""
-    return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
 
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<transcribe>")  # the last is the whole prompt

@@ -73,52 +73,62 @@ class AVSRConfig:
 # --- a Llama's leaf modules ------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in fp32."""
+    """x / rms(x) * weight over the last axis; the mean of squares is taken in fp32."""
 
     def __init__(self, dim, eps):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        h = x.float()
-        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_tables(positions, head_dim, theta):
-    """cos and sin of the rotary angles at positions (..., T) -> two (..., T, D/H), in the half-split order of HF's Llamas."""
+    """cos and sin of the rotary angles at positions (..., T) -> two (..., T, D/H), in the half-split order of HF's Llamas;
+    sin bears the sign that `rotate` needs."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[..., None].float() * rates
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, H, T, D/H) by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once: (layers, B, kv heads, S, D/H).
+    """Keys and values of all layers, allocated once: (layers, B * W, kv heads, S, D/H).
 
-    `real` (B, S) tells which slots may be looked at: clips of unequal length leave padding between their prefix and
-    the words that follow it."""
+    First comes a prefix of B rows, stored for each of its W beams, then a token at a time of B * W rows. `real`
+    (B * W, S), where there is one, tells which slots may be looked at: prefixes of unequal length leave padding between
+    them and the words that follow."""
 
-    def __init__(self, config, batch, slots, like):
-        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.dim // config.n_heads)
+    def __init__(self, config, batch, slots, like, beam=1):
+        shape = (config.n_layers, batch * beam, config.n_kv_heads, slots, config.dim // config.n_heads)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.real = torch.zeros(batch, slots, dtype=torch.bool, device=like.device)
-        self.filled = 0
+        self.real, self.prefix, self.filled = None, 0, 0
 
     def write(self, layer, k, v):
-        """Store k and v (B, kv heads, T, D/H) in the next slots and return all that is filled."""
-        end = self.filled + k.shape[2]
-        self.k[layer, :, :, self.filled:end], self.v[layer, :, :, self.filled:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Store k and v (B or B * W, kv heads, T, D/H) in the next slots; returns what these T tokens may look at."""
+        start, end = self.filled, self.filled + k.shape[2]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store.unflatten(0, (len(new), -1))[:, :, :, start:end] = new[:, None]
+        return (self.k[layer, :, :, :end], self.v[layer, :, :, :end]) if start else (k, v)
+
+    def advance(self, n_tokens, real=None):
+        """After all layers have written: move on. `real` (B, T) comes with a padded prefix."""
+        if real is not None:
+            self.real = torch.ones(self.k.shape[1], self.k.shape[3], dtype=torch.bool, device=real.device)
+            self.real.unflatten(0, (len(real), -1))[:, :, :n_tokens] = real[:, None]
+        self.prefix = self.prefix or n_tokens
+        self.filled += n_tokens
 
     def pick(self, rows):
-        """Keep these rows of the batch, in this order (a beam search's survivors)."""
-        self.k, self.v, self.real = self.k[:, rows], self.v[:, rows], self.real[rows]
+        """Of each beam keep what follows the prefix of these rows (a search's survivors); the beams of one clip share
+        their prefix, so that it need not move."""
+        for store in (self.k, self.v):
+            store[:, :, :, self.prefix:self.filled] = store[:, rows, :, self.prefix:self.filled]
 
 
 class Attention(nn.Module):
@@ -140,7 +150,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.write(layer, k, v)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=x.shape[1] > 1, enable_gqa=True)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
 
@@ -184,45 +194,78 @@ class MoME(nn.Module):
 
     def forward(self, h, mask=None):
         """h (..., D), mask (...) true at real tokens (padding must not count in the balance) -> (..., D)."""
-        path = {"auto": self.wide, "wide": self.wide, "loop": self.loop}[self.path]
         flat = h.reshape(-1, h.shape[-1])                                    # (N, D)
-        gates = self.route(flat, None if mask is None else mask.reshape(-1))
-        return path(flat, gates).view_as(h)
+        gates, experts = self.route(flat, None if mask is None else mask.reshape(-1))
+        paths = {"loop": self.loop, "grouped": self.grouped, "wide": self.wide}
+        path = self.best_path(flat, experts) if self.path == "auto" else self.path
+        return paths[path](flat, gates, experts).view_as(h)
+
+    def best_path(self, h, experts):
+        """`wide` computes (E - K) * R products that `grouped` saves by moving K copies of a token; that pays from about 64
+        for each copy on, unless the tokens are few (extras/bench.py --plot, CPU; the paper's 23 experts of 12, top 4, are
+        at 45). `grouped` also wants bf16, or fp32 on a CPU, and whole rows of 16 bytes."""
+        (E, R, D), K = self.down.shape, experts.shape[1]
+        able = h.dtype == torch.bfloat16 or (h.dtype == torch.float32 and h.device.type == "cpu")
+        pays = (E - K) * R > 64 * K and len(h) > 16
+        return "grouped" if able and pays and D * h.element_size() % 16 == 0 else "wide"
 
     def route(self, h, mask=None):
-        """h (N, D) -> gates (N, E): 1 for shared experts, zero for routed ones that a token was not sent to.
+        """h (N, D) -> gates and experts, both (N, K): whom each token is sent to and how much each counts. The shared
+        experts come first, with gates of 1 (so K counts them too), then the top_k routed ones, whose gates sum to 1.
 
-        Softmax over all routed experts in fp32, the K largest, renormalised to sum to one. The balancing loss is Switch
-        Transformer's, N_r sum_e f_e P_e: f_e the share of choices that fell on e, P_e its mean probability; 1 when the
-        load is even."""
-        shared = h.new_ones(len(h), self.n_shared)
+        Softmax over all routed experts, the largest, renormalised, in fp32 whatever the model computes in: an ill-rounded
+        choice is a wrong expert. The balancing loss is Switch Transformer's, N_r sum_e f_e P_e: f_e the share of choices
+        that fell on e, P_e its mean probability; 1 when the load is even."""
+        gates = h.new_ones(len(h), self.n_shared)
+        experts = torch.arange(self.n_shared, device=h.device).expand(len(h), -1)
         if self.router is None:
-            return shared
-        probs = self.router(h).float().softmax(dim=-1)                       # (N, N_r)
-        top, chosen = probs.topk(self.top_k, dim=-1)                         # (N, K)
-        sparse = torch.zeros_like(probs).scatter(1, chosen, top / top.sum(dim=-1, keepdim=True))
+            return gates, experts
+        with torch.autocast(h.device.type, enabled=False):
+            probs = F.linear(h.float(), self.router.weight.float()).softmax(dim=-1)              # (N, N_r)
+        top, chosen = probs.topk(self.top_k, dim=-1)
         counted = torch.ones_like(probs[:, :1]) if mask is None else mask[:, None].to(probs)
         total = counted.sum().clamp(min=1)
-        share = ((sparse > 0) * counted).sum(0) / (total * self.top_k)       # f (N_r,)
+        share = torch.zeros_like(probs).scatter(1, chosen, counted.expand_as(top)).sum(0) / (total * self.top_k)   # f (N_r,)
         self.balance_loss = self.n_routed * (share * (probs * counted).sum(0) / total).sum()
-        return torch.cat([shared, sparse.to(h.dtype)], dim=1)
+        top = (top / top.sum(dim=-1, keepdim=True)).to(h.dtype)
+        return torch.cat([gates, top], dim=1), torch.cat([experts, chosen + self.n_shared], dim=1)
 
-    def loop(self, h, gates):
+    def loop(self, h, gates, experts):
         """The equation, expert by expert, each on the tokens that were sent to it."""
         out = torch.zeros_like(h)
-        for n in range(gates.shape[1]):
-            tokens = gates[:, n].nonzero().squeeze(1)
+        for n in range(len(self.down)):
+            tokens, k = (experts == n).nonzero(as_tuple=True)
             hidden = F.gelu(h[tokens] @ self.down[n].T + self.down_bias[n])
             expert = hidden @ self.up[n] + self.up_bias[n]
-            out = out.index_add(0, tokens, gates[tokens, n, None] * expert)
+            out = out.index_add(0, tokens, gates[tokens, k, None] * expert)
         return out
 
-    def wide(self, h, gates):
-        """All experts as one bottleneck of width E * R; the gates zero what was not chosen. Experts this narrow cost
-        less to compute than their tokens cost to sort."""
+    def grouped(self, h, gates, experts):
+        """Tokens sorted by expert, so that each expert's are a block of one grouped product: the least arithmetic, K of E
+        experts, but every token is copied K times, moved there and back. Rows are padded to the 16 bytes it wants."""
+        if h.shape[1] * h.element_size() % 16:
+            raise ValueError(f"path 'grouped': rows of {h.shape[1]} numbers are not whole 16 bytes; use 'wide' or 'loop'")
+        K = experts.shape[1]
+        expert, order = experts.flatten().sort()                             # (N * K,)
+        tokens = order // K
+        ends = torch.searchsorted(expert, torch.arange(len(self.down), device=h.device), right=True).int()      # (E,)
+        spare = -self.down.shape[1] % (16 // h.element_size())
+        down, up = (F.pad(w.to(h.dtype), (0, 0, 0, spare)) for w in (self.down, self.up))         # (E, R + spare, D)
+        hidden = F.grouped_mm(h.index_select(0, tokens), down.mT, offs=ends)                     # (N * K, R + spare)
+        hidden = F.gelu(hidden + F.pad(self.down_bias.to(h.dtype), (0, spare))[expert]) * gates.flatten()[order, None]
+        return (self.dense(gates, experts) @ self.up_bias).index_add(0, tokens, F.grouped_mm(hidden, up, offs=ends))
+
+    def wide(self, h, gates, experts):
+        """All experts as one bottleneck of width E * R; the gates zero what was not chosen: E / K times the arithmetic, but
+        no token moves, and experts this narrow cost less to compute than their tokens cost to sort."""
+        gates = self.dense(gates, experts)
         hidden = F.gelu(F.linear(h, self.down.flatten(0, 1), self.down_bias.flatten()))         # (N, E * R)
         hidden = hidden.unflatten(-1, self.down_bias.shape) * gates[..., None]                  # (N, E, R)
         return hidden.flatten(1) @ self.up.flatten(0, 1) + gates @ self.up_bias
+
+    def dense(self, gates, experts):
+        """gates, experts (N, K) -> (N, E), zero where a token was not sent."""
+        return gates.new_zeros(len(gates), len(self.down)).scatter(1, experts, gates)
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
@@ -287,16 +330,13 @@ class Llama(nn.Module):
         rope = [table.to(x.dtype) for table in rope_tables(positions, self.config.dim // self.config.n_heads,
                                                            self.config.rope_theta)]
         mask = None                                        # of a prefix: causal, so padding on the right is never seen
-        if cache is not None:
-            end = cache.filled + T
-            cache.real[:, cache.filled:end] = True if real is None else real
-            if cache.filled:
-                assert T == 1, f"after its prefix a cache takes one token at a time, not {T}"
-                mask = cache.real[:, None, None, :end]     # (B, 1, 1, S)
+        if cache is not None and cache.filled:
+            assert T == 1, f"after its prefix a cache takes one token at a time, not {T}"
+            mask = None if cache.real is None else cache.real[:, None, None, :cache.filled + 1]    # (B, 1, 1, S)
         for i, layer in enumerate(self.layers):
             x = layer(x, real=real, rope=rope, cache=cache, layer=i, mask=mask)
         if cache is not None:
-            cache.filled = end
+            cache.advance(T, real)
         return self.norm(x)
 
     def transcript_loss(self, prefixes, labels):
@@ -308,6 +348,43 @@ class Llama(nn.Module):
         hidden = self.trunk(pad_sequence(rows, True), real)                               # (B, T, D)
         hidden = torch.cat([h[len(p) - 1:len(p) - 1 + len(y)] for h, p, y in zip(hidden, prefixes, labels)])
         return F.cross_entropy(self.logits(hidden).float(), torch.cat(labels))
+
+    @torch.no_grad()
+    def generate(self, prefixes, eos, beam=1, max_tokens=32):
+        """Continue `prefixes` (B tensors (T_b, D)) -> B pairs (token ids, mean log-probability per token), <eos> scored
+        but not returned.
+
+        A beam search whose width of 1 is greedy decoding. A hypothesis that has ended waits, adding nothing; the best
+        is the one of the highest mean log-probability (not in the paper)."""
+        B, V, device, sizes = len(prefixes), self.config.vocab_size, prefixes[0].device, [len(p) for p in prefixes]
+        lengths, x = torch.tensor(sizes, device=device), pad_sequence(prefixes, True)
+        real = torch.arange(x.shape[1], device=device) < lengths[:, None] if len(set(sizes)) > 1 else None
+        cache = KVCache(self.config, B, x.shape[1] + max_tokens, x, beam)
+        last = self.trunk(x, real, cache=cache)[torch.arange(B, device=device), lengths - 1]          # (B, D)
+        last, lengths = last.repeat_interleave(beam, 0), lengths.repeat_interleave(beam)              # (B * W, ...)
+        scores = torch.full((B, beam), float("-inf"), device=device)
+        scores[:, 0] = 0                                                     # the beams of a clip begin as one
+        done = torch.zeros(B * beam, dtype=torch.bool, device=device)
+        tokens = torch.zeros(B * beam, 0, dtype=torch.long, device=device)
+        waiting = torch.full((V,), float("-inf"), device=device)
+        waiting[eos] = 0
+        for step in range(max_tokens):
+            logp = self.logits(last).float().log_softmax(-1)
+            logp = torch.where(done[:, None], waiting, logp).view(B, beam, V)
+            scores, best = (scores[..., None] + logp).flatten(1).topk(beam)  # (B, W) of W * V continuations
+            parents = (best // V + beam * torch.arange(B, device=device)[:, None]).flatten()
+            chosen = (best % V).flatten()
+            if beam > 1:
+                cache.pick(parents)
+            tokens, done = torch.cat([tokens[parents], chosen[:, None]], 1), done[parents] | (chosen == eos)
+            if step == max_tokens - 1 or done.all():                         # the one place that waits for the device
+                break
+            last = self.trunk(self.embed_tokens(chosen[:, None]), positions=lengths + step, cache=cache)[:, 0]
+        n_words = (tokens != eos).sum(-1).view(B, beam)
+        means = scores / (n_words + done.view(B, beam)).clamp(min=1)
+        winners = means.argmax(-1)
+        tokens, n_words = tokens.view(B, beam, -1), n_words.tolist()
+        return [(tokens[b, w, :n_words[b][w]].tolist(), means[b, w].item()) for b, w in enumerate(winners.tolist())]
 
     def balance_loss(self):
         """Mean of the layers' balancing losses of their last call."""
@@ -394,54 +471,19 @@ class AVSR(nn.Module):
             rows[b].append(table[list(self.config.prompt)])
         return [torch.cat(parts) for parts in rows]
 
-    def loss(self, features, transcripts, pairs):
-        """Mean over the rate pairs of the next-token cross-entropy + the weighted balancing loss (paper, section 3).
+    def loss(self, encoded, transcripts, pairs):
+        """Mean over the rate pairs of the next-token cross-entropy + the weighted balancing loss (paper, section 3), for
+        clips that `encode` has read once for all of them.
 
         transcripts: B lists of token ids; pairs: a list of `rates`."""
-        encoded = self.encode(features)
         labels = [torch.tensor([*ids, self.config.eos], device=self.device) for ids in transcripts]
         losses = [self.llm.transcript_loss(self.prefix(encoded, rates), labels)
                   + self.config.balance_weight * self.llm.balance_loss() for rates in pairs]
         return torch.stack(losses).mean()
 
-    @torch.no_grad()
     def generate(self, encoded, rates, beam=1, max_tokens=32):
-        """Decode a batch of encoded clips -> [(token ids, mean log-probability per token)], <eos> scored but not returned.
-
-        A beam search whose width of 1 is greedy decoding. A hypothesis that has ended waits, adding nothing; the best
-        is the one of the highest mean log-probability (not in the paper)."""
-        rows = self.prefix(encoded, rates)
-        B, V, device = len(rows), self.config.llm.vocab_size, rows[0].device
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        x = pad_sequence(rows, True)
-        real = torch.arange(x.shape[1], device=device) < lengths[:, None]
-        cache = KVCache(self.config.llm, B, x.shape[1] + max_tokens, x)
-        last = self.llm.trunk(x, real, cache=cache)[torch.arange(B, device=device), lengths - 1]      # (B, D)
-        cache.pick(torch.arange(B, device=device).repeat_interleave(beam))
-        last, lengths = last.repeat_interleave(beam, 0), lengths.repeat_interleave(beam)              # (B * W, ...)
-        scores = torch.full((B, beam), float("-inf"), device=device)
-        scores[:, 0] = 0                                                     # the beams of a clip begin as one
-        done = torch.zeros(B * beam, dtype=torch.bool, device=device)
-        tokens = torch.zeros(B * beam, 0, dtype=torch.long, device=device)
-        waiting = torch.full((V,), float("-inf"), device=device)
-        waiting[self.config.eos] = 0
-        for step in range(max_tokens):
-            logp = self.llm.logits(last).float().log_softmax(-1)
-            logp = torch.where(done[:, None], waiting, logp).view(B, beam, V)
-            scores, best = (scores[..., None] + logp).flatten(1).topk(beam)  # (B, W) of W * V continuations
-            parents = (best // V + beam * torch.arange(B, device=device)[:, None]).flatten()
-            chosen = (best % V).flatten()
-            if beam > 1:
-                cache.pick(parents)
-            tokens, done = torch.cat([tokens[parents], chosen[:, None]], 1), done[parents] | (chosen == self.config.eos)
-            if done.all() or step == max_tokens - 1:
-                break
-            last = self.llm.trunk(self.llm.embed_tokens(chosen[:, None]), positions=lengths + step, cache=cache)[:, 0]
-        n_words = (tokens != self.config.eos).sum(-1).view(B, beam)
-        means = scores / (n_words + done.view(B, beam)).clamp(min=1)
-        winners = means.argmax(-1)
-        tokens, n_words = tokens.view(B, beam, -1), n_words.tolist()
-        return [(tokens[b, w, :n_words[b][w]].tolist(), means[b, w].item()) for b, w in enumerate(winners.tolist())]
+        """Decode a batch of encoded clips -> [(token ids, mean log-probability per token)]; see `Llama.generate`."""
+        return self.llm.generate(self.prefix(encoded, rates), self.config.eos, beam, max_tokens)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import jiwer
@@ -25,7 +26,7 @@ from encoders import VideoConfig
 from mome import load_model
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
-TEST_BATCH = 100  # clips decoded together
+TEST_BATCH = 50  # clips decoded together
 
 
 # --- rates and tasks -------------------------------------------------------------------------------------------------
@@ -110,26 +111,35 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
 
 # --- measure: the word error rate of many clips at every rate --------------------------------------------------------
 
-@torch.no_grad()
 def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
     """Corpus-level WER (jiwer, after data.normalize) of every task at every rate, clean and in babble -> metrics rows.
 
-    Each clip is encoded once for each noise and serves all tasks and rates; lips hear no noise, so vsr is tested clean."""
-    told = {}  # (task, rates, snr) -> [(reference, hypothesis)]
+    Sound is encoded once for each noise and lips once, for all tasks and rates; lips hear no noise, so vsr is tested clean."""
+    voices = [clip for clip in clips if clip.wave is not None]
+    clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
+    groups = [list(group) for _, group in groupby(clips, lambda clip: clip.streams)]
+    chunks = [group[i:i + TEST_BATCH] for group in groups for i in range(0, len(group), TEST_BATCH)]
     model.eval()
-    for snr in snrs:
-        name = "test, clean" if snr is None else f"test, {snr:g} dB"
-        noisy = sorted(data.in_babble(clips, snr), key=lambda clip: (clip.streams, clip.duration))
-        for start in tqdm(range(0, len(noisy), TEST_BATCH), name, leave=False):
-            for streams in sorted({clip.streams for clip in noisy[start:start + TEST_BATCH]}):
-                chunk = [clip for clip in noisy[start:start + TEST_BATCH] if clip.streams == streams]
-                encoded = model.encode(data.to(device, data.batch(chunk, [s for s in streams if s in model.streams])))
-                for task in tasks:
-                    if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
-                        for rates in task_rates(task, pairs):
-                            answers = [tokenizer.decode(ids) for ids, _ in model.generate(encoded, rates)]
-                            told.setdefault((task, tuple(rates.items()), snr), []).extend(
-                                (clip.text, data.normalize(answer)) for clip, answer in zip(chunk, answers))
+
+    def test(chunk):
+        """Clips of the same streams -> {(task, rates, snr): [(reference, hypothesis)]}."""
+        streams, encoded, told = chunk[0].streams, {}, {}
+        for snr in snrs:
+            noisy = [data.in_babble(clip, snr, voices) for clip in chunk]
+            heard = [s for s in streams if s in model.streams and (s == "audio" or s not in encoded)]
+            encoded |= model.encode(data.to(device, data.batch(noisy, heard)))
+            for task in tasks:
+                if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
+                    for rates in task_rates(task, pairs):
+                        texts = [data.normalize(tokenizer.decode(ids)) for ids, _ in model.generate(encoded, rates)]
+                        told[task, tuple(rates.items()), snr] = list(zip([clip.text for clip in chunk], texts))
+        return told
+
+    told = {}
+    with ThreadPoolExecutor(2) as testers:
+        for part in tqdm(testers.map(test, chunks), "test", len(chunks), leave=False):
+            for key, answers in part.items():
+                told.setdefault(key, []).extend(answers)
     rows = []
     for (task, rates, snr), answers in told.items():
         references, hypotheses = map(list, zip(*answers))

@@ -3,7 +3,8 @@
 A stand-in for the recordings that nobody may hand out. It speaks the sentences of the GRID corpus (51 words) with a small
 formant-and-noise synthesiser, while a grey mouth moves from the same timeline. Sounds that look alike on lips look alike
 here, so that lip reading is ambiguous for the same reasons as in life; that the talker is far cleaner, slower and more
-regular than people is where the task is easier than life. Nothing here is from the paper.
+regular than people is where the task is easier than life. What a small Llama is taught to listen with, before there is any
+sound, is made here too (`mishear`). Nothing here is from the paper.
 """
 import itertools
 import math
@@ -117,9 +118,10 @@ def speak(aims, samples, talker, rng):
     formants = glide(aims, sounds[:, :3], times, .012).T.astype(np.float32) * talker.tract
     voice, breath, hiss, centre, width = glide(aims, sounds[:, 3:], times, .004).T.astype(np.float32)
     resonance = np.ones((len(freq), len(times)), np.complex64)  # (frequency, time), a pole pair for each formant
-    for peak, bandwidth in zip((*formants, np.float32(3500 * talker.tract)), (70, 90, 130, 250)):
-        resonance *= (peak ** 2 - freq ** 2 + 1j * bandwidth * freq) / peak ** 2
-    resonance = 1 / resonance
+    peaks = (*formants, np.full(len(times), 3500 * talker.tract, np.float32))
+    for peak, bandwidth in zip(peaks, (70, 90, 130, 250)):
+        resonance *= peak ** 2 - (freq ** 2 - 1j * bandwidth * freq)
+    resonance = np.prod(peaks, axis=0) ** 2 / resonance
     glottis = voice / np.sqrt(1 + (freq / talker.tilt_hz) ** 2)
     turbulence = .3 * (breath + talker.breathiness * voice) * resonance + .5 * hiss * np.exp(
         -.5 * ((freq - centre) / width) ** 2)
@@ -147,8 +149,8 @@ def draw(aims, n_frames, talker, rng, size):
     x, y = x * np.cos(talker.roll) + y * np.sin(talker.roll), y * np.cos(talker.roll) - x * np.sin(talker.roll)
 
     def ellipse(centre, a, b, soft=.07):  # 1 inside, 0 outside, an edge `soft` wide (to first order in the distance)
-        u, v = x / a, (y - centre) / b
-        return np.clip(.5 - (u * u + v * v - 1) / (2 * soft * np.sqrt((u / a) ** 2 + (v / b) ** 2) + 1e-6), 0, 1)
+        u, v = (x / a) ** 2, ((y - centre) / b) ** 2
+        return np.clip(.5 - (u + v - 1) / (2 * soft * np.sqrt(u / a ** 2 + v / b ** 2) + 1e-6), 0, 1)
 
     half_width = talker.mouth * (.72 + .38 * width - .3 * rounding)
     gap = .015 + .42 * talker.jaw * opening * (1 - .25 * rounding)  # half the distance between the lips
@@ -180,6 +182,27 @@ def synthesize(text, talker_seed, seed=0, size=32):
     frames = draw(aims, n_frames, talker, np.random.default_rng([*delivery, 2]), size)
     wave = speak(aims, n_frames * SAMPLES_PER_FRAME, talker, np.random.default_rng([*delivery, 3]))
     return wave, frames, tuple((phone, end) for phone, _, end, *_ in aims)
+
+
+def spell(text):
+    """The units that encoders learn to tell apart: phonemes where the lexicon has the word, else the word itself."""
+    return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
+
+
+def mishear(text, ids, rng):
+    """`text` as an imperfect ear would report it, with no sound or picture involved -> (T, units + 1), at about 25 tokens
+    a second, how much each token sounds like each unit of `ids` (1, 2, ...; 0 is rest). Each unit lasts a few tokens; some
+    are taken for others, neighbours smear."""
+    mistaken, flicker, n = rng.uniform(0, .2), rng.uniform(0, .15), len(ids) + 1
+    sequence = [0] * rng.randint(2, 6)
+    for word in text.split():
+        for unit in spell(word):
+            heard = rng.randrange(n) if rng.random() < mistaken else ids.get(unit, 0)
+            length = rng.randint(2, 4) * (1 if word in LEXICON else 3)
+            sequence += [rng.randrange(n) if rng.random() < flicker else heard for _ in range(length)]
+        sequence += [0] * rng.randint(0, 2)
+    sharp, smear = torch.eye(n)[sequence], rng.uniform(0, .3)
+    return (1 - 2 * smear) * sharp + smear * sharp.roll(1, 0) + smear * sharp.roll(-1, 0)
 
 
 SPLITS = {"train": range(0, 400), "test": range(1000, 1100)}  # the talkers of each part: no test talker is in training

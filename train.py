@@ -16,10 +16,13 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import random
 import shutil
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
@@ -36,9 +39,10 @@ import data
 from encoders import FPS, AudioConfig, VideoConfig
 from mome import AVSR, PLACES, AVSRConfig, CheckpointError, Llama, LlamaConfig, load_model, pool, save_model, write_whole
 from sample import TASKS, evaluate, parse_rates, parse_snrs, run_script, table, task_rates
-from talker import grid_sentences
+from talker import grid_sentences, mishear, spell
 
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
+HALF_OF_THE_CORES = max(1, torch.get_num_threads() // 2)
 TASK_SHARE = {"avsr": 0.4, "asr": 0.3, "vsr": 0.3}  # of stage 3's steps; not in the paper
 
 
@@ -56,7 +60,7 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
     data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(0, "common", "of stage 3; 0: 700 with the synthetic talker, 2000 with --data")
+    steps: int = flag(0, "common", "of stage 3; 0: 650 with the synthetic talker, 2000 with --data")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -71,9 +75,9 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
-    encoder_steps: int = flag(400, "training", "of stage 1, for each encoder")
+    encoder_steps: int = flag(350, "training", "of stage 1, for each encoder")
     ctc_steps: int = flag(2500, "training", "of stage 1 on clips that come without an alignment (--data)")
-    llm_steps: int = flag(450, "training", "of stage 2")
+    llm_steps: int = flag(500, "training", "of stage 2")
 
 
 def parse_args(argv):
@@ -111,23 +115,26 @@ def parse_args(argv):
 
 # --- the training loop, for all three stages -------------------------------------------------------------------------
 
-def fit(name, parameters, loss_of, steps, lr, weight_decay=0.01):
-    """Minimise `loss_of(step)` by AdamW: short warm-up, cosine to 5%, gradients clipped to norm 1."""
+def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01):
+    """Minimise `loss_of(*make_batch())` by AdamW: short warm-up, cosine to 5%, gradients clipped to norm 1. A thread makes
+    each batch while the one before it is learned from."""
     parameters = list(parameters)
     warmup = min(30, steps // 10 + 1)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, 0.525 + 0.475 * math.cos(math.pi * step / steps)))
-    progress = tqdm(range(steps), name)
-    for step in progress:
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+    with ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(make_batch)
+        for step in (progress := tqdm(range(steps), name)):
+            batch, following = following.result(), ahead.submit(make_batch)
+            loss = loss_of(*batch)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 10 == 0:
+                progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def draws(clips, size, rng):
@@ -172,9 +179,12 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
     batches = draws(clips, 8, rng)
 
-    def loss_of(step):
+    def make_batch():
         chosen = next(batches)
         x, lengths = data.to(device, data.batch(chosen, [stream], rng, clips))[stream]
+        return chosen, x, lengths
+
+    def loss_of(chosen, x, lengths):
         log_probs = head(encoder(x, lengths)).log_softmax(-1)                                # (B, T, units + 1)
         lengths = encoder.n_tokens(lengths)
         if chosen[0].aligned:
@@ -182,70 +192,51 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
             targets = pad_sequence([frame_units(clip, n, per_second, unit_ids)
                                     for clip, n in zip(chosen, lengths.tolist())], True, padding_value=-100)
             return F.nll_loss(log_probs.flatten(0, 1), targets.flatten().to(device))
-        targets = [torch.tensor([unit_ids[u] for u in data.spell(clip.text) if u in unit_ids]) for clip in chosen]
+        targets = [torch.tensor([unit_ids[u] for u in spell(clip.text) if u in unit_ids]) for clip in chosen]
         return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(device), lengths.cpu(),
                           torch.tensor([len(t) for t in targets]), zero_infinity=True)
 
     encoder.train()
-    fit(f"stage 1, {stream} encoder", [*encoder.parameters(), *head.parameters()], loss_of, steps, 3e-3)
+    fit(f"stage 1, {stream} encoder", [*encoder.parameters(), *head.parameters()], make_batch, loss_of, steps, 3e-3)
     return encoder.eval().state_dict()
 
 
 # --- stage 2: a small Llama that has learned to listen ---------------------------------------------------------------
 
-class Mishearing(nn.Module):
-    """Texts as an imperfect ear would report them: sequences of vectors (T, D), with no sound or picture involved. Each
-    unit lasts a few tokens; some are taken for others, neighbours smear, noise is added. The vectors are sums of a table
-    that is thrown away after stage 2: stage 3's projectors must find out how to speak to the LLM."""
-
-    def __init__(self, units, dim):
-        super().__init__()
-        self.ids = {unit: i + 1 for i, unit in enumerate(units)}
-        self.table = nn.Embedding(len(units) + 1, dim)
-        nn.init.normal_(self.table.weight, std=0.5)
-
-    def forward(self, text, rng):
-        """text -> (T, D) at about 25 tokens a second."""
-        mistaken, flicker = rng.uniform(0, .2), rng.uniform(0, .15)
-        sequence = [0] * rng.randint(2, 6)
-        n = len(self.table.weight)
-        for word in text.split():
-            for unit in data.spell(word):
-                heard = rng.randrange(n) if rng.random() < mistaken else self.ids.get(unit, 0)
-                length = rng.randint(2, 4) * (1 if word in data.LEXICON else 3)
-                sequence += [rng.randrange(n) if rng.random() < flicker else heard for _ in range(length)]
-            sequence += [0] * rng.randint(0, 2)
-        sharp = F.one_hot(torch.tensor(sequence), n).float()                                    # (T, units + 1)
-        smear = rng.uniform(0, .3)
-        smeared = (1 - 2 * smear) * sharp + smear * sharp.roll(1, 0) + smear * sharp.roll(-1, 0)
-        x = smeared.to(self.table.weight.device) @ self.table.weight
-        return x + rng.uniform(0, .5) * torch.randn(x.shape).to(x.device) * self.table.weight.std().detach()
-
-
 def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
-    """Pretrain the Llama to transcribe what `Mishearing` makes of sentences of `texts` and, three times in ten, of
-    random words, pooled by 1 to 8, sometimes as two streams. Random words that make up a sentence in `tested` are redrawn."""
-    ear = Mishearing(units, llm.config.dim).to(device)
+    """Pretrain the Llama to transcribe what `talker.mishear` makes of sentences of `texts` and, three times in ten, of
+    random words, pooled by 1 to 8, sometimes as two streams. Random words that make up a sentence in `tested` are redrawn.
+
+    What is heard reaches the Llama by a table that is thrown away: stage 3's projectors must find out how to speak to it."""
+    torch.manual_seed(rng.getrandbits(32))  # this may be a process of its own
+    unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
+    ear = nn.Parameter(0.5 * torch.randn(len(units) + 1, llm.config.dim, device=device))
     words, table = data.common_words(texts), llm.embed_tokens
     lengths = [len(text.split()) for text in rng.sample(texts, min(1000, len(texts)))]
 
-    def loss_of(step):
-        prefixes, labels, rates = [], [], [rng.randint(1, 8) for _ in range(rng.choice((1, 1, 2)))]
+    def make_batch():
+        clips, rates = [], [rng.randint(1, 8) for _ in range(rng.choice((1, 1, 2)))]
         for _ in range(32):
             text = rng.choice(texts)
             made_up = rng.random() < .3
             while made_up or text in tested:
                 made_up = False
                 text = " ".join(rng.choices(words, k=max(1, rng.choice(lengths) + rng.randint(-2, 2))))
-            parts = [table.weight[config.bos, None]]
-            for rate in rates:
-                x = ear(text, rng)[None]
-                parts.append(pool(x, torch.tensor([x.shape[1]]), rate)[0][0])
-            prefixes.append(torch.cat([*parts, table.weight[list(config.prompt)]]))
-            labels.append(torch.tensor([*tokenizer.encode(f" {text}"), config.eos], device=device))
+            streams = [(mishear(text, unit_ids, rng), rng.uniform(0, .5)) for _ in rates]
+            clips.append((text, [(heard.to(device), torch.randn(len(heard), llm.config.dim).to(device) * noise)
+                                 for heard, noise in streams]))
+        return clips, rates
+
+    def loss_of(clips, rates):
+        prefixes = []
+        for _, streams in clips:
+            parts = [pool((heard @ ear + noise * ear.std().detach())[None], torch.tensor([len(heard)]), rate)[0][0]
+                     for (heard, noise), rate in zip(streams, rates)]
+            prefixes.append(torch.cat([table.weight[config.bos, None], *parts, table.weight[list(config.prompt)]]))
+        labels = [torch.tensor([*tokenizer.encode(f" {text}"), config.eos], device=device) for text, _ in clips]
         return llm.transcript_loss(prefixes, labels)
 
-    fit("stage 2, the Llama", [*llm.parameters(), *ear.parameters()], loss_of, steps, 2e-3)
+    fit("stage 2, the Llama", [*llm.parameters(), ear], make_batch, loss_of, steps, 2e-3)
     return llm.state_dict()
 
 
@@ -253,13 +244,11 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
 
 def count_parameters(model):
     """One line: what is frozen and what stage 3 trains."""
-    def count(choose):
-        return sum(p.numel() for name, p in model.named_parameters() if choose(name, p))
-    mome = count(lambda name, p: ".mome." in name)
-    trained = count(lambda name, p: p.requires_grad)
-    return (f"frozen: encoders {count(lambda name, p: name.startswith('encoders.')):,}, LLM "
-            f"{count(lambda name, p: name.startswith('llm.')) - mome:,} parameters; "
-            f"trained: MoME {mome:,}, projectors and markers {trained - mome:,}")
+    sizes = Counter()
+    for name, parameter in model.named_parameters():
+        sizes["MoME" if ".mome." in name else name.split(".")[0]] += parameter.numel()
+    return (f"frozen: encoders {sizes['encoders']:,}, LLM {sizes['llm']:,} parameters; trained: MoME {sizes['MoME']:,}, "
+            f"projectors and markers {sizes['projectors'] + sizes['markers']:,}")
 
 
 def train_mome(model, clips, tasks, pairs, tokenizer, config, rng, device):
@@ -269,14 +258,14 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, rng, device):
     batches = {task: draws([clip for clip in clips if set(TASKS[task]) <= set(clip.streams)], config.batch_size, rng)
                for task in tasks}
 
-    def loss_of(step):
+    def make_batch():
         task = rng.choices(tasks, [TASK_SHARE[t] for t in tasks])[0]
         chosen = next(batches[task])
-        features = data.to(device, data.batch(chosen, TASKS[task], rng, voices))
-        return model.loss(features, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs))
+        encoded = model.encode(data.to(device, data.batch(chosen, TASKS[task], rng, voices)))
+        return encoded, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs)
 
-    steps = config.steps or (2000 if config.data else 700)
-    fit("stage 3, MoME", trained, loss_of, steps, config.lr, config.weight_decay)
+    steps = config.steps or (2000 if config.data else 650)
+    fit("stage 3, MoME", trained, make_batch, model.loss, steps, config.lr, config.weight_decay)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -293,7 +282,6 @@ def main(argv=None):
 
 class Stopwatch(dict):
     """Seconds of each stage, by name; `since` is when the running one began."""
-
     def lap(self, stage):
         self[stage], self.since = round(time.perf_counter() - self.since, 1), time.perf_counter()
 
@@ -318,7 +306,7 @@ def train_all(config, clips, tasks, device, watch):
     texts = [clip.text for clip in clips["train"]] if real else grid_sentences("train")
     tested = {clip.text for clip in clips["test"]} if real else set(grid_sentences("test"))
     words = sorted(data.common_words(texts))
-    units = sorted({unit for word in words for unit in data.spell(word)})
+    units = sorted({unit for word in words for unit in spell(word)})
     tokenizer = data.make_tokenizer(words)
     bos, eos, prompt = (tokenizer.encode_single_token(name) for name in data.SPECIAL_TOKENS)
     streams = {stream for task in tasks for stream in TASKS[task]}
@@ -328,23 +316,24 @@ def train_all(config, clips, tasks, device, watch):
     torch.manual_seed(seed)
     model = AVSR(replace(plain, llm=replace(plain.llm, **experts))).to(device)
 
-    made_of = [seed, device.type, [(clip.name, clip.text, clip.duration) for clip in clips["train"]]]
-    for stream, encoder in model.encoders.items():
-        having = [clip for clip in clips["train"] if stream in clip.streams]
-        steps = config.encoder_steps if having[0].aligned else config.ctc_steps
-        torch.manual_seed(seed)
-        make = partial(train_encoder, stream, type(encoder)(encoder.config).to(device), having, units, steps,
-                       random.Random(f"{seed} {stream}"), device)
-        encoder.load_state_dict(cached(cache, f"{stream}-encoder", [made_of, asdict(encoder.config), steps], make))
-        watch.lap(f"stage 1, {stream}")
-
     torch.manual_seed(seed)
-    make = partial(train_llm, Llama(plain.llm).to(device), texts, tested, units, tokenizer, plain, config.llm_steps,
-                   random.Random(f"{seed} llm"), device)
-    key = [seed, device.type, asdict(plain.llm), config.llm_steps, texts, sorted(tested)]
-    loaded = model.llm.load_state_dict(cached(cache, "llama", key, make), strict=False)
+    made_of = [seed, device.type, [(clip.name, clip.text, clip.duration) for clip in clips["train"]]]
+    with multiprocessing.get_context("spawn").Pool(1, data.start_worker, (HALF_OF_THE_CORES,)) as beside:
+        make = partial(train_llm, Llama(plain.llm).to(device), texts, tested, units, tokenizer, plain, config.llm_steps,
+                       random.Random(f"{seed} llm"), device)
+        key = [seed, device.type, asdict(plain.llm), config.llm_steps, texts, sorted(tested)]
+        llama = beside.apply_async(cached, (cache, "llama", key, make))  # beside the encoders: it needs no clips
+        for stream, encoder in model.encoders.items():
+            having = [clip for clip in clips["train"] if stream in clip.streams]
+            steps = config.encoder_steps if having[0].aligned else config.ctc_steps
+            torch.manual_seed(seed)
+            make = partial(train_encoder, stream, type(encoder)(encoder.config).to(device), having, units, steps,
+                           random.Random(f"{seed} {stream}"), device)
+            encoder.load_state_dict(cached(cache, f"{stream}-encoder", [made_of, asdict(encoder.config), steps], make))
+            watch.lap(f"stage 1, {stream}")
+        loaded = model.llm.load_state_dict(llama.get(), strict=False)
     assert not loaded.unexpected_keys and all(".mome." in name for name in loaded.missing_keys), loaded
-    watch.lap("stage 2")
+    watch.lap("stage 2, rest")
 
     print(count_parameters(model))
     torch.manual_seed(seed)
@@ -358,6 +347,7 @@ def run(config):
     """Everything: clips, the three stages, the test, and the files in config.out."""
     out, watch = Path(config.out), Stopwatch()
     watch.since = time.perf_counter()
+    torch.set_num_threads(HALF_OF_THE_CORES)  # two things run at any time
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:

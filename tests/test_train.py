@@ -91,7 +91,7 @@ def test_what_training_writes(trained):
         | {("asr", a, None, snr) for a in (2, 4) for snr in (None, -5.0)} | {("vsr", None, v, None) for v in (2, 8)})
     for row in metrics["rows"]:
         assert row["clips"] == 5 and row["words"] == 30 and row["split"] == "test" and row["wer"] >= 0
-    assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2", "stage 3", "test"}
+    assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2, rest", "stage 3", "test"}
     assert metrics["config"]["rates"] == "2:2,4:8"
     assert len(list((trained / "samples").glob("*.mp4"))) == len(list((trained / "samples").glob("*.txt"))) == 3
     assert sorted(p.name for p in trained.iterdir()) == ["cache", "config.json", "metrics.json", "model.safetensors", "samples", "tokenizer.json"]
