@@ -107,12 +107,12 @@ def test_frozen_parts_are_bit_identical_to_stages_1_and_2(trained):
     assert any(model[k].abs().sum() > 0 for k in model if k.endswith("mome.up"))  # and stage 3 did train
 
 
-def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, capsys):
+def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, capfd):
     assert train.main([*TRAINED, "--out", str(tmp_path / "cached"), "--cache", str(trained / "cache")]) == 0
-    assert capsys.readouterr().out.count("found in") == 3
+    assert capfd.readouterr().out.count("found in") == 3
     tmp_path = tmp_path / "fresh"
     assert train.main([*TRAINED, "--out", str(tmp_path)]) == 0
-    assert "found in" not in capsys.readouterr().out
+    assert "found in" not in capfd.readouterr().out
     assert (trained / "model.safetensors").read_bytes() == (tmp_path.parent / "cached/model.safetensors").read_bytes()
     rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (trained, tmp_path)]
     assert rows[0] == rows[1] and (trained / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
@@ -124,7 +124,7 @@ def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, cap
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {r["audio_rate"] for r in metrics["rows"]} == {3} and metrics["config"]["n_routed"] == 8  # the model's, not the flag's
     assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
-    assert "no config.json" in capsys.readouterr().err
+    assert "no config.json" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not (SHARED / "digits").is_dir(), reason="needs the real digit strings beside the project")
