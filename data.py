@@ -12,14 +12,12 @@ import multiprocessing
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,13 +58,6 @@ class Clip:
         return len(self.frames) / FPS if self.mel is None else self.mel.shape[1] / (SAMPLE_RATE // HOP_LENGTH)
 
 
-def start_worker(threads):
-    """How a worker process begins: with its share of the cores, and leaving Ctrl-C to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    tqdm.set_lock(threading.RLock())  # its own; a lock between processes would outlive it
-
-
 def talker_clip(job):
     """(part, index, seed, size, keep_wave) -> that clip of the synthetic talker; see talker.py."""
     part, index, seed, size, keep_wave = job
@@ -79,8 +70,13 @@ def talker_clips(part, count, seed, size=32):
     """`count` clips of the part's talkers and sentences, the same however many processes make them."""
     jobs = [(part, i, seed, size, part == "test") for i in range(count)]
     n_workers = min(8, count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    with multiprocessing.get_context("spawn").Pool(n_workers, start_worker, (1,)) as workers:
-        return list(tqdm(workers.imap(talker_clip, jobs, chunksize=20), f"{part} clips", count, leave=False))
+    with processes(n_workers, 1) as workers:
+        return list(tqdm(workers.map(talker_clip, jobs, chunksize=20), f"{part} clips", count, leave=False))
+
+
+def processes(count, threads):
+    """A pool of worker processes of `threads` threads each; one that dies is an error, not a wait without end."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
 
 
 # --- sound as training sees it ---------------------------------------------------------------------------------------

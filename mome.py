@@ -6,7 +6,7 @@ projectors -> the audio-visual model: its loss over all rates, its decoding.
 Axes, in names, shape comments and einsums:
 
     B batch        N tokens of all clips, flattened     E experts, shared ones first     H attention heads
-    T time         V vocabulary                         K experts chosen per token       R bottleneck width
+    T time         V vocabulary                         K experts that a token passes    R bottleneck width
     D width        S slots of the KV cache              W beam width
 
 Choices that the paper does not settle are marked `not in the paper`.
@@ -68,6 +68,7 @@ class AVSRConfig:
     eos: int = 1
     prompt: tuple[int, ...] = (2,)       # the fixed text between the streams and the transcript
     balance_weight: float = 0.01         # of the load-balancing loss
+    max_tokens: int = 32                 # at most so many are decoded
 
 
 # --- a Llama's leaf modules ------------------------------------------------------------------------------------------
@@ -197,14 +198,14 @@ class MoME(nn.Module):
         flat = h.reshape(-1, h.shape[-1])                                    # (N, D)
         gates, experts = self.route(flat, None if mask is None else mask.reshape(-1))
         paths = {"loop": self.loop, "grouped": self.grouped, "wide": self.wide}
-        path = self.best_path(flat, experts) if self.path == "auto" else self.path
+        path = self.best_path(flat) if self.path == "auto" else self.path
         return paths[path](flat, gates, experts).view_as(h)
 
-    def best_path(self, h, experts):
+    def best_path(self, h):
         """`wide` computes (E - K) * R products that `grouped` saves by moving K copies of a token; that pays from about 64
         for each copy on, unless the tokens are few (extras/bench.py --plot, CPU; the paper's 23 experts of 12, top 4, are
         at 45). `grouped` also wants bf16, or fp32 on a CPU, and whole rows of 16 bytes."""
-        (E, R, D), K = self.down.shape, experts.shape[1]
+        (E, R, D), K = self.down.shape, self.n_shared + (self.top_k if self.n_routed else 0)
         able = h.dtype == torch.bfloat16 or (h.dtype == torch.float32 and h.device.type == "cpu")
         pays = (E - K) * R > 64 * K and len(h) > 16
         return "grouped" if able and pays and D * h.element_size() % 16 == 0 else "wide"
@@ -213,8 +214,9 @@ class MoME(nn.Module):
         """h (N, D) -> gates and experts, both (N, K): whom each token is sent to and how much each counts. The shared
         experts come first, with gates of 1 (so K counts them too), then the top_k routed ones, whose gates sum to 1.
 
-        Softmax over all routed experts, the largest, renormalised, in fp32 whatever the model computes in: an ill-rounded
-        choice is a wrong expert. The balancing loss is Switch Transformer's, N_r sum_e f_e P_e: f_e the share of choices
+        Softmax over all routed experts, the largest, renormalised (but a single one keeps its probability, or the router
+        would learn nothing from it; not in the paper), in fp32 whatever the model computes in: an ill-rounded choice is a
+        wrong expert. The balancing loss is Switch Transformer's, N_r sum_e f_e P_e: f_e the share of choices
         that fell on e, P_e its mean probability; 1 when the load is even."""
         gates = h.new_ones(len(h), self.n_shared)
         experts = torch.arange(self.n_shared, device=h.device).expand(len(h), -1)
@@ -227,8 +229,8 @@ class MoME(nn.Module):
         total = counted.sum().clamp(min=1)
         share = torch.zeros_like(probs).scatter(1, chosen, counted.expand_as(top)).sum(0) / (total * self.top_k)   # f (N_r,)
         self.balance_loss = self.n_routed * (share * (probs * counted).sum(0) / total).sum()
-        top = (top / top.sum(dim=-1, keepdim=True)).to(h.dtype)
-        return torch.cat([gates, top], dim=1), torch.cat([experts, chosen + self.n_shared], dim=1)
+        top = top / top.sum(dim=-1, keepdim=True) if self.top_k > 1 else top
+        return torch.cat([gates, top.to(h.dtype)], dim=1), torch.cat([experts, chosen + self.n_shared], dim=1)
 
     def loop(self, h, gates, experts):
         """The equation, expert by expert, each on the tokens that were sent to it."""
@@ -253,7 +255,8 @@ class MoME(nn.Module):
         down, up = (F.pad(w.to(h.dtype), (0, 0, 0, spare)) for w in (self.down, self.up))         # (E, R + spare, D)
         hidden = F.grouped_mm(h.index_select(0, tokens), down.mT, offs=ends)                     # (N * K, R + spare)
         hidden = F.gelu(hidden + F.pad(self.down_bias.to(h.dtype), (0, spare))[expert]) * gates.flatten()[order, None]
-        return (self.dense(gates, experts) @ self.up_bias).index_add(0, tokens, F.grouped_mm(hidden, up, offs=ends))
+        moved = F.grouped_mm(hidden.to(h.dtype), up, offs=ends)              # (N * K, D)
+        return (self.dense(gates, experts) @ self.up_bias).to(h.dtype).index_add(0, tokens, moved)
 
     def wide(self, h, gates, experts):
         """All experts as one bottleneck of width E * R; the gates zero what was not chosen: E / K times the arithmetic, but
@@ -481,9 +484,10 @@ class AVSR(nn.Module):
                   + self.config.balance_weight * self.llm.balance_loss() for rates in pairs]
         return torch.stack(losses).mean()
 
-    def generate(self, encoded, rates, beam=1, max_tokens=32):
+    @torch.no_grad()
+    def generate(self, encoded, rates, beam=1, max_tokens=None):
         """Decode a batch of encoded clips -> [(token ids, mean log-probability per token)]; see `Llama.generate`."""
-        return self.llm.generate(self.prefix(encoded, rates), self.config.eos, beam, max_tokens)
+        return self.llm.generate(self.prefix(encoded, rates), self.config.eos, beam, max_tokens or self.config.max_tokens)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
     voices = [clip for clip in clips if clip.wave is not None]
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     groups = [list(group) for _, group in groupby(clips, lambda clip: clip.streams)]
+    snrs = snrs if any("audio" in TASKS[task] for task in tasks) else [None]
     chunks = [group[i:i + TEST_BATCH] for group in groups for i in range(0, len(group), TEST_BATCH)]
     model.eval()
 

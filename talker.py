@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
@@ -201,7 +202,7 @@ def mishear(text, ids, rng):
             length = rng.randint(2, 4) * (1 if word in LEXICON else 3)
             sequence += [rng.randrange(n) if rng.random() < flicker else heard for _ in range(length)]
         sequence += [0] * rng.randint(0, 2)
-    sharp, smear = torch.eye(n)[sequence], rng.uniform(0, .3)
+    sharp, smear = F.one_hot(torch.tensor(sequence), n).float(), rng.uniform(0, .3)
     return (1 - 2 * smear) * sharp + smear * sharp.roll(1, 0) + smear * sharp.roll(-1, 0)
 
 

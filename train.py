@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
@@ -125,8 +126,9 @@ def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01):
         (step + 1) / warmup, 0.525 + 0.475 * math.cos(math.pi * step / steps)))
     with ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(make_batch)
-        for step in (progress := tqdm(range(steps), name)):
-            batch, following = following.result(), ahead.submit(make_batch)
+        for step in (progress := tqdm(range(steps), name, position=int(multiprocessing.parent_process() is not None))):
+            batch = following.result()
+            following = ahead.submit(make_batch) if step + 1 < steps else None
             loss = loss_of(*batch)
             optimizer.zero_grad()
             loss.backward()
@@ -208,7 +210,8 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
     random words, pooled by 1 to 8, sometimes as two streams. Random words that make up a sentence in `tested` are redrawn.
 
     What is heard reaches the Llama by a table that is thrown away: stage 3's projectors must find out how to speak to it."""
-    torch.manual_seed(rng.getrandbits(32))  # this may be a process of its own
+    torch.manual_seed(rng.getrandbits(32))  # this is a process of its own
+    llm.to(device)
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     ear = nn.Parameter(0.5 * torch.randn(len(units) + 1, llm.config.dim, device=device))
     words, table = data.common_words(texts), llm.embed_tokens
@@ -277,6 +280,9 @@ def main(argv=None):
     except (data.ClipError, CheckpointError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("train.py: a worker process was killed; is there enough memory?", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -295,7 +301,8 @@ def load_clips(config, tasks):
         if not any(set(TASKS[task]) <= set(clip.streams) for clip in clips[part]):
             raise data.ClipError(f"{config.data}: no {part} clip has {' and '.join(TASKS[task])}, which {task} needs; "
                                  "choose other --tasks")
-    if len([clip for clip in clips["test"] if "audio" in clip.streams]) == 1 and parse_snrs(config.snr) != [None]:
+    heard, babble = [clip for clip in clips["test"] if "audio" in clip.streams], parse_snrs(config.snr) != [None]
+    if len(heard) == 1 and babble and any("audio" in TASKS[task] for task in tasks):
         raise data.ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
     return clips
 
@@ -311,18 +318,19 @@ def train_all(config, clips, tasks, device, watch):
     bos, eos, prompt = (tokenizer.encode_single_token(name) for name in data.SPECIAL_TOKENS)
     streams = {stream for task in tasks for stream in TASKS[task]}
     plain = AVSRConfig(LlamaConfig(tokenizer.n_vocab), AudioConfig() if "audio" in streams else None,
-                       VideoConfig() if "video" in streams else None, bos=bos, eos=eos, prompt=(prompt,))
+                       VideoConfig() if "video" in streams else None, bos=bos, eos=eos, prompt=(prompt,),
+                       max_tokens=max(32, *(2 * len(tokenizer.encode(f" {clip.text}")) for clip in clips["train"])))
     experts = {name: getattr(config, name) for name in EXPERTS}
     torch.manual_seed(seed)
     model = AVSR(replace(plain, llm=replace(plain.llm, **experts))).to(device)
 
     torch.manual_seed(seed)
     made_of = [seed, device.type, [(clip.name, clip.text, clip.duration) for clip in clips["train"]]]
-    with multiprocessing.get_context("spawn").Pool(1, data.start_worker, (HALF_OF_THE_CORES,)) as beside:
-        make = partial(train_llm, Llama(plain.llm).to(device), texts, tested, units, tokenizer, plain, config.llm_steps,
+    with data.processes(1, HALF_OF_THE_CORES) as beside:
+        make = partial(train_llm, Llama(plain.llm), texts, tested, units, tokenizer, plain, config.llm_steps,
                        random.Random(f"{seed} llm"), device)
         key = [seed, device.type, asdict(plain.llm), config.llm_steps, texts, sorted(tested)]
-        llama = beside.apply_async(cached, (cache, "llama", key, make))  # beside the encoders: it needs no clips
+        llama = beside.submit(cached, cache, "llama", key, make)  # beside the encoders: it needs no clips
         for stream, encoder in model.encoders.items():
             having = [clip for clip in clips["train"] if stream in clip.streams]
             steps = config.encoder_steps if having[0].aligned else config.ctc_steps
@@ -331,7 +339,7 @@ def train_all(config, clips, tasks, device, watch):
                            random.Random(f"{seed} {stream}"), device)
             encoder.load_state_dict(cached(cache, f"{stream}-encoder", [made_of, asdict(encoder.config), steps], make))
             watch.lap(f"stage 1, {stream}")
-        loaded = model.llm.load_state_dict(llama.get(), strict=False)
+        loaded = model.llm.load_state_dict(llama.result(), strict=False)
     assert not loaded.unexpected_keys and all(".mome." in name for name in loaded.missing_keys), loaded
     watch.lap("stage 2, rest")
 
@@ -347,7 +355,7 @@ def run(config):
     """Everything: clips, the three stages, the test, and the files in config.out."""
     out, watch = Path(config.out), Stopwatch()
     watch.since = time.perf_counter()
-    torch.set_num_threads(HALF_OF_THE_CORES)  # two things run at any time
+    torch.set_num_threads(HALF_OF_THE_CORES)  # work comes in pairs: a batch and the next one, two stages, two tests
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:

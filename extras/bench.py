@@ -6,8 +6,8 @@
     python -m extras.bench --out DIR          beside it the seconds of the training run in DIR, by stage
 
 The two ways are timed in turn, in one process, on one machine, and what is printed is the median over the pairs of the
-ratio of their times: above 1, the second is faster. On a GPU (CUDA events, bf16) the same rows come out of it. Peers from
-`transformers` stand beside where it is installed; nothing else here needs it.
+ratio of their times (or memory): above 1, the second is better. On a GPU the same is measured in bf16 by CUDA events. Peers
+from `transformers` stand beside where it is installed (requirements-test.txt); --plot needs matplotlib.
 """
 import argparse
 import json
@@ -87,7 +87,7 @@ class Bench:
     def row(self, section, what, first, second, names):
         """Compare, print and return a row."""
         one, two, ratio = self.compare(first, second)
-        self.say(section, what, f"{names[0]:>11} {1e3 * one:9.2f} ms  {names[1]:>11} {1e3 * two:9.2f} ms {ratio:7.3f}x")
+        self.say(section, what, f"{names[0]:>11} {1e3 * one:9.2f} ms  {names[1]:>14} {1e3 * two:9.2f} ms {ratio:7.3f}x")
         return {"section": section, "what": what, "first": names[0], "second": names[1], "first_seconds": one,
                 "second_seconds": two, "ratio": ratio, "pairs": self.pairs}
 
@@ -119,8 +119,9 @@ def step_of(module, x, backward):
 # --- sections --------------------------------------------------------------------------------------------------------
 
 def layer_paths(bench):
-    """The three paths of one MoME layer, and Mixtral's experts, against the loop."""
-    shapes = [(512, 23, 4, 12)] if bench.quick else [(2048, 23, 4, 12), (3072, 23, 4, 12)]
+    """`auto` (its choice in brackets) and `grouped` against the loop, Mixtral's experts against `auto`: at the paper's
+    bottleneck, and at one so wide that moving tokens pays."""
+    shapes = [(512, 23, 4, 12), (512, 23, 4, 192)] if bench.quick else [(2048, 23, 4, 12), (3072, 23, 4, 12), (512, 23, 4, 192)]
     for shape in shapes:
         D, E, K, R = shape
         mome = randomised(MoME(D, E, K, 0, R)).to(bench.device, bench.dtype)
@@ -136,10 +137,11 @@ def layer_paths(bench):
                         mome.path = name
                         run()
                     return work
-                for name in ("wide", "grouped", "auto"):
-                    yield bench.row("layer", what, path("loop"), path(name), ("loop", name))
+                auto = f"auto ({mome.best_path(x[0])})"
+                yield bench.row("layer", what, path("loop"), path("auto"), ("loop", auto))
+                yield bench.row("layer", what, path("loop"), path("grouped"), ("loop", "grouped"))
                 if peer is not None:
-                    yield bench.row("layer", what, step_of(peer, x, backward), path("auto"), ("Mixtral", "auto"))
+                    yield bench.row("layer", what, step_of(peer, x, backward), path("auto"), ("Mixtral", auto))
         if peer is None:
             yield bench.missing("layer", "Mixtral's experts as a peer", why)
 
@@ -152,6 +154,7 @@ def mixtral(dim, n_experts, top_k, width, bench):
     except ImportError as error:
         return None, f"transformers is not installed ({error})"
     config = MixtralConfig(hidden_size=dim, intermediate_size=width, num_local_experts=n_experts, num_experts_per_tok=top_k)
+    config._experts_implementation = "grouped_mm"  # what a whole Mixtral uses
     block = MixtralSparseMoeBlock(config)
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)
@@ -257,10 +260,10 @@ def logits_memory(bench):
         yield bench.missing("memory", what, "this system does not tell a process's peak memory")
         return
     base, full, ours = peaks
-    bench.say("memory", what, f"everywhere {(full - base) / 2**20:9.1f} MB  labels only {(ours - base) / 2**20:9.1f} MB "
-                              f"{(ours - base) / (full - base):7.3f}x")
+    bench.say("memory", what, f"everywhere {(full - base) / 2**20:8.1f} MiB  labels only {(ours - base) / 2**20:8.1f} MiB "
+                              f"{(full - base) / (ours - base):7.3f}x")
     yield {"section": "memory", "what": what, "first": "everywhere", "second": "labels only", "first_bytes": full - base,
-           "second_bytes": ours - base, "ratio": (ours - base) / (full - base)}
+           "second_bytes": ours - base, "ratio": (full - base) / (ours - base)}
 
 
 def main_job(bench):
@@ -285,7 +288,7 @@ def plot(bench, path):
         mome = randomised(MoME(512, 23, 4, 1, width)).to(bench.device, bench.dtype)
         x = torch.randn(n_tokens, 512, device=bench.device, dtype=bench.dtype, requires_grad=True)
         work, taken = step_of(mome, x, True), {"loop": [], "grouped": [], "wide": []}
-        for _ in range(bench.pairs // 3 + 1):
+        for _ in range(bench.pairs // 3 + 2):
             for mome.path in taken:
                 taken[mome.path].append(bench.seconds(work))
         mome.path = "auto"

@@ -90,7 +90,7 @@ def test_grouped_refuses_widths_that_are_not_whole_16_bytes():
 def test_auto_moves_tokens_only_where_that_saves_work():
     def choice(n_tokens, bottleneck, dtype=torch.float32, dim=16):
         mome, h = random_mome(23, 4, 1, bottleneck, dim), torch.zeros(n_tokens, dim, dtype=dtype)
-        return mome.best_path(h, torch.zeros(n_tokens, 5, dtype=torch.long))
+        return mome.best_path(h)
     assert choice(2048, 12) == choice(16, 384) == choice(2048, 384, torch.float64) == choice(2048, 384, dim=10) == "wide"
     assert choice(2048, 384) == choice(2048, 384, torch.bfloat16) == "grouped"
 
@@ -105,6 +105,27 @@ def test_router_decides_in_fp32_in_a_bf16_model_and_under_autocast():
     assert mome.route(x)[1].item() == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert mome.float().route(x.float())[1].item() == 1
+
+
+@pytest.mark.parametrize("path", ("loop", *PATHS))
+def test_all_paths_run_under_autocast(path):
+    mome, x = random_mome(), torch.randn(40, 16)
+    expected = mome(x)
+    mome.path = path
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_near([mome(x).float()], [expected], 2e-2)
+
+
+def test_the_only_chosen_expert_keeps_its_probability():
+    mome, x = random_mome(top_k=1), torch.randn(9, 16)
+    torch.testing.assert_close(mome.route(x)[0][:, 1], mome.router(x).softmax(-1).amax(-1))
+
+
+def test_balance_loss_trains_the_router_on_real_tokens_only():
+    mome, x = random_mome(), torch.randn(9, 16, requires_grad=True)
+    mome(x, mask=torch.arange(9) < 5)
+    mome.balance_loss.backward()
+    assert mome.router.weight.grad.abs().sum() > 0 and x.grad[:5].abs().sum(1).min() > 0 and x.grad[5:].abs().sum() == 0
 
 
 def test_only_shared_experts_and_no_experts():
@@ -318,6 +339,19 @@ def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_two_tokens(talker_clips
                                 for a in range(6) if a != eos for b, second in enumerate(logp([a]))}
     (ids, mean), = model.generate(encoded, BOTH, beam=6, max_tokens=2)
     assert tuple(ids) == max(means, key=means.get) and mean == pytest.approx(max(means.values()), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_beam_reports_the_probability_of_its_words(talker_clips):
+    """What a hypothesis scored, with survivors moving between beams at every step, is what one pass over its words scores."""
+    for seed in range(6):
+        model = tiny_avsr(seed, vocab=8)
+        encoded = model.encode(features(talker_clips))
+        for prefix, (ids, mean) in zip(model.prefix(encoded, BOTH), model.generate(encoded, BOTH, beam=3, max_tokens=6)):
+            said = torch.tensor(ids + [model.config.eos] * (len(ids) < 6))
+            x = torch.cat([prefix, model.llm.embed_tokens(said[:-1])])
+            logp = model.llm.logits(model.llm.trunk(x[None])[0, len(prefix) - 1:]).log_softmax(-1)
+            assert mean == pytest.approx(logp[torch.arange(len(said)), said].mean().item(), abs=1e-4)
 
 
 @torch.no_grad()
