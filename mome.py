@@ -188,10 +188,8 @@ class MoME(nn.Module):
         self.router = nn.Linear(dim, n_routed, bias=False) if n_routed else None
         self.down = nn.Parameter(torch.empty(n_experts, bottleneck, dim).uniform_(-1, 1) / dim ** 0.5)  # (E, R, D)
         self.down_bias = nn.Parameter(torch.zeros(n_experts, bottleneck))                               # (E, R)
-        self.up = nn.Parameter(torch.zeros(n_experts, bottleneck, dim))                                 # (E, R, D)
-        self.up_bias = nn.Parameter(torch.zeros(n_experts, dim))                                        # (E, D)
-        self.path = "auto"
-        self.balance_loss = torch.zeros(())
+        self.up = nn.Parameter(torch.zeros(n_experts, bottleneck + 1, dim))      # (E, R + 1, D), the last row is the bias
+        self.path, self.routed = "auto", None
 
     def forward(self, h, mask=None):
         """h (..., D), mask (...) true at real tokens (padding must not count in the balance) -> (..., D)."""
@@ -216,8 +214,7 @@ class MoME(nn.Module):
 
         Softmax over all routed experts, the largest, renormalised (but a single one keeps its probability, or the router
         would learn nothing from it; not in the paper), in fp32 whatever the model computes in: an ill-rounded choice is a
-        wrong expert. The balancing loss is Switch Transformer's, N_r sum_e f_e P_e: f_e the share of choices
-        that fell on e, P_e its mean probability; 1 when the load is even."""
+        wrong expert."""
         gates = h.new_ones(len(h), self.n_shared)
         experts = torch.arange(self.n_shared, device=h.device).expand(len(h), -1)
         if self.router is None:
@@ -225,12 +222,21 @@ class MoME(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             probs = F.linear(h.float(), self.router.weight.float()).softmax(dim=-1)              # (N, N_r)
         top, chosen = probs.topk(self.top_k, dim=-1)
-        counted = torch.ones_like(probs[:, :1]) if mask is None else mask[:, None].to(probs)
-        total = counted.sum().clamp(min=1)
-        share = torch.zeros_like(probs).scatter(1, chosen, counted.expand_as(top)).sum(0) / (total * self.top_k)   # f (N_r,)
-        self.balance_loss = self.n_routed * (share * (probs * counted).sum(0) / total).sum()
+        self.routed = probs, chosen, mask
         top = top / top.sum(dim=-1, keepdim=True) if self.top_k > 1 else top
         return torch.cat([gates, top.to(h.dtype)], dim=1), torch.cat([experts, chosen + self.n_shared], dim=1)
+
+    @property
+    def balance_loss(self):
+        """Of the last call, Switch Transformer's N_r sum_e f_e P_e: f_e the share of choices that fell on e, P_e its mean
+        probability, over real tokens; 1 when the load is even."""
+        if self.routed is None:
+            return self.down.new_zeros(())
+        probs, chosen, mask = self.routed
+        counted = torch.ones_like(probs[:, :1]) if mask is None else mask[:, None].to(probs)
+        total = counted.sum().clamp(min=1)
+        share = torch.zeros_like(probs).scatter(1, chosen, counted.expand(chosen.shape)).sum(0) / (total * self.top_k)
+        return self.n_routed * (share * (probs * counted).sum(0) / total).sum()
 
     def loop(self, h, gates, experts):
         """The equation, expert by expert, each on the tokens that were sent to it."""
@@ -238,8 +244,8 @@ class MoME(nn.Module):
         for n in range(len(self.down)):
             tokens, k = (experts == n).nonzero(as_tuple=True)
             hidden = F.gelu(h[tokens] @ self.down[n].T + self.down_bias[n])
-            expert = hidden @ self.up[n] + self.up_bias[n]
-            out = out.index_add(0, tokens, gates[tokens, k, None] * expert)
+            expert = F.pad(hidden, (0, 1), value=1) @ self.up[n]
+            out = out.index_add(0, tokens, (gates[tokens, k, None] * expert).to(h.dtype))
         return out
 
     def grouped(self, h, gates, experts):
@@ -251,24 +257,21 @@ class MoME(nn.Module):
         expert, order = experts.flatten().sort()                             # (N * K,)
         tokens = order // K
         ends = torch.searchsorted(expert, torch.arange(len(self.down), device=h.device), right=True).int()      # (E,)
-        spare = -self.down.shape[1] % (16 // h.element_size())
-        down, up = (F.pad(w.to(h.dtype), (0, 0, 0, spare)) for w in (self.down, self.up))         # (E, R + spare, D)
-        hidden = F.grouped_mm(h.index_select(0, tokens), down.mT, offs=ends)                     # (N * K, R + spare)
-        hidden = F.gelu(hidden + F.pad(self.down_bias.to(h.dtype), (0, spare))[expert]) * gates.flatten()[order, None]
-        moved = F.grouped_mm(hidden.to(h.dtype), up, offs=ends)              # (N * K, D)
-        return (self.dense(gates, experts) @ self.up_bias).to(h.dtype).index_add(0, tokens, moved)
+        spare = -self.up.shape[1] % (16 // h.element_size())                 # rows of zeros
+        down, bias = F.pad(self.down, (0, 0, 0, 1 + spare)), F.pad(self.down_bias, (0, 1 + spare))
+        hidden = F.grouped_mm(h.index_select(0, tokens), down.to(h.dtype).mT, offs=ends)         # (N * K, R + 1 + spare)
+        hidden = F.gelu(hidden + bias[expert])
+        hidden = hidden.index_fill(1, torch.tensor([self.down.shape[1]], device=h.device), 1) * gates.flatten()[order, None]
+        moved = F.grouped_mm(hidden.to(h.dtype), F.pad(self.up, (0, 0, 0, spare)).to(h.dtype), offs=ends)        # (N * K, D)
+        return torch.zeros_like(h).index_add(0, tokens, moved)
 
     def wide(self, h, gates, experts):
         """All experts as one bottleneck of width E * R; the gates zero what was not chosen: E / K times the arithmetic, but
         no token moves, and experts this narrow cost less to compute than their tokens cost to sort."""
-        gates = self.dense(gates, experts)
         hidden = F.gelu(F.linear(h, self.down.flatten(0, 1), self.down_bias.flatten()))         # (N, E * R)
-        hidden = hidden.unflatten(-1, self.down_bias.shape) * gates[..., None]                  # (N, E, R)
-        return hidden.flatten(1) @ self.up.flatten(0, 1) + gates @ self.up_bias
-
-    def dense(self, gates, experts):
-        """gates, experts (N, K) -> (N, E), zero where a token was not sent."""
-        return gates.new_zeros(len(gates), len(self.down)).scatter(1, experts, gates)
+        hidden = F.pad(hidden.unflatten(-1, self.down_bias.shape), (0, 1), value=1)             # (N, E, R + 1)
+        dense = gates.new_zeros(len(h), len(self.down)).scatter(1, experts, gates)              # (N, E)
+        return (hidden * dense[..., None]).flatten(1) @ self.up.flatten(0, 1)
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------

@@ -67,19 +67,24 @@ class Bench:
         return statistics.median(ones), statistics.median(twos), statistics.median(a / b for a, b in times)
 
     def peak_memory(self, work):
-        """Peak memory of work() in bytes: the GPU's, else this process's by Linux's own count, else None."""
+        """Bytes that work() takes at most above what is in use before it: the GPU's, else Linux's own count, else None."""
         work()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             work()
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated() - before
+
+        def told(field):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
+            before = told("VmRSS")
             work()
-            status = Path("/proc/self/status").read_text().splitlines()
+            return told("VmHWM") - before
         except OSError:
             return None
-        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
     def say(self, section, what, text):
         print(f"{section:9} {what:49} {text}", file=self.table, flush=True)
@@ -98,13 +103,15 @@ class Bench:
 
 def randomised(mome):
     """Up-projections that are not zero: nothing may be skipped."""
-    for p in (mome.up, mome.up_bias, mome.down_bias):
+    for p in (mome.up, mome.down_bias):
         nn.init.normal_(p, std=0.02)
     return mome
 
 
 def step_of(module, x, backward):
     """A call of forward, or of forward and backward with gradients for the input and all parameters."""
+    upstream = torch.randn_like(x)
+
     def forward():
         with torch.no_grad():
             module(x)
@@ -112,7 +119,7 @@ def step_of(module, x, backward):
     def both():
         for p in module.parameters():
             p.grad = None
-        module(x).sum().backward()
+        module(x).backward(upstream)
     return both if backward else forward
 
 
@@ -120,11 +127,11 @@ def step_of(module, x, backward):
 
 def layer_paths(bench):
     """`auto` (its choice in brackets) and `grouped` against the loop, Mixtral's experts against `auto`: at the paper's
-    bottleneck, and at one so wide that moving tokens pays."""
+    bottleneck, and at one so wide that moving tokens pays. One expert more is shared, as in the paper."""
     shapes = [(512, 23, 4, 12), (512, 23, 4, 192)] if bench.quick else [(2048, 23, 4, 12), (3072, 23, 4, 12), (512, 23, 4, 192)]
     for shape in shapes:
         D, E, K, R = shape
-        mome = randomised(MoME(D, E, K, 0, R)).to(bench.device, bench.dtype)
+        mome = randomised(MoME(D, E, K, 1, R)).to(bench.device, bench.dtype)
         peer, why = mixtral(D, E, K, R, bench)
         for n_tokens in (1, 15, 256) if bench.quick else (1, 15, 256, 2048):
             x = torch.randn(1, n_tokens, D, device=bench.device, dtype=bench.dtype, requires_grad=True)
