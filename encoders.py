@@ -40,7 +40,8 @@ class AudioConfig:
 class VideoConfig:
     """Sizes of the video encoder; the defaults are the tiny stand-in, AV-HuBERT Large is
     (88, 64, 7, (64, 128, 256, 512), 2, 1024, 24, 16, 128, 16)."""
-    size: int = 32                         # height and width of the mouth picture
+    size: int = 32                         # height and width of the mouth picture that is looked at,
+    picture: int = 32                      # in the middle of one this large that is read
     stem_channels: int = 8
     stem_kernel: int = 5                   # pixels; always 5 frames deep
     channels: tuple[int, ...] = (16, 32, 64)  # of the ResNet's stages; each but the first halves the picture
@@ -211,6 +212,8 @@ class VideoEncoder(nn.Module):
         B, _, T, _, _ = video.shape
         lengths = torch.full((B,), T, device=video.device) if lengths is None else lengths
         mask = length_mask(lengths, T)
+        edge = (video.shape[-1] - self.config.size) // 2
+        video = video[..., edge:edge + self.config.size, edge:edge + self.config.size]
         x = (video - 0.421) / 0.165 * mask[:, None, :, None, None]           # AV-HuBERT's mean and deviation of pixels
         # The 3-d convolution of one channel, said as a 2-d one of five: each picture with its two neighbours on each side.
         x = F.pad(x[:, 0], (0, 0, 0, 0, 2, 2)).unfold(1, 5, 1).permute(0, 1, 4, 2, 3).flatten(0, 1)      # (B * T, 5, H, W)

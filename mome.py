@@ -12,8 +12,8 @@ Axes, in names, shape comments and einsums:
 Choices that the paper does not settle are marked `not in the paper`.
 """
 import json
-import os
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+import weights
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
+from weights import write_whole
 
 PLACES = ("attn", "ffn", "layer")
 
@@ -39,8 +41,13 @@ class LlamaConfig:
     n_heads: int = 4
     n_kv_heads: int = 2
     ffn_dim: int = 352
+    head_dim: int = 0       # width of a head; 0: dim / n_heads
     rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()  # see `rope_tables`: none, linear's factor, or llama3's four numbers
     norm_eps: float = 1e-5
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True       # the output head is the embedding
     n_routed: int = 0       # routed experts, of which each token is sent to top_k
     top_k: int = 2
     n_shared: int = 0       # experts that every token passes
@@ -48,6 +55,8 @@ class LlamaConfig:
     place: str = "attn"     # what MoME stands beside: attn, ffn, or the whole layer
 
     def __post_init__(self):
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.place not in PLACES:
             raise ValueError(f"place {self.place!r}: one of {', '.join(PLACES)}")
         if min(self.n_routed, self.n_shared) < 0 or self.bottleneck < 1:
@@ -84,10 +93,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_tables(positions, head_dim, theta):
+def rope_tables(positions, head_dim, theta, scaling=()):
     """cos and sin of the rotary angles at positions (..., T) -> two (..., T, D/H), in the half-split order of HF's Llamas;
-    sin bears the sign that `rotate` needs."""
+    sin bears the sign that `rotate` needs.
+
+    `scaling` stretches positions for contexts longer than those of pretraining: by (factor,) all of them alike; by Llama 3's
+    (factor, low, high, context) only the slow rotations, of fewer than `low` turns in the old context; those of more than
+    `high` turns stay, and between the two it changes smoothly."""
     rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    if len(scaling) == 1:
+        rates = rates / scaling[0]
+    elif scaling:
+        factor, low, high, context = scaling
+        kept = ((context * rates / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        rates = rates * kept + rates / factor * (1 - kept)
     angles = positions[..., None].float() * rates
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -106,7 +125,7 @@ class KVCache:
     them and the words that follow."""
 
     def __init__(self, config, batch, slots, like, beam=1):
-        shape = (config.n_layers, batch * beam, config.n_kv_heads, slots, config.dim // config.n_heads)
+        shape = (config.n_layers, batch * beam, config.n_kv_heads, slots, config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.real, self.prefix, self.filled = None, 0, 0
 
@@ -137,12 +156,11 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        head_dim = config.dim // config.n_heads
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(config.dim, config.n_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * head_dim, config.dim, bias=False)
+        self.head_dim, bias = config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=bias)
 
     def forward(self, x, rope, cache=None, layer=0, mask=None):
         """x (B, T, D) -> (B, T, D), causal; with a filled cache, x is what follows and `mask` (B, 1, T, S) what it sees."""
@@ -160,9 +178,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -287,9 +305,14 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.add_mome(config)
+
+    def add_mome(self, config, dtype=None):
+        """A new MoME as `config` says, or none; also for a layer that came from a file."""
         experts = config.n_routed + config.n_shared
         self.place = config.place if experts else None
         self.mome = MoME(config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck) if experts else None
+        self.to(dtype=dtype)
 
     def forward(self, x, real=None, **attention):
         """x (B, T, D), real (B, T) true at tokens that are not padding -> (B, T, D)."""
@@ -306,7 +329,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama decoder; its modules bear the names of HF's LlamaForCausalLM. The output head is tied to the embedding."""
+    """A Llama decoder; its modules bear the names of HF's LlamaForCausalLM."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -314,9 +337,23 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, **experts):
+        """The Llama in an HF folder (config.json, safetensors, one or sharded), with new MoME modules if `experts` (n_routed
+        and so on) asks for them. Raises weights.WeightsError where something does not fit."""
+        config = LlamaConfig(**weights.llama_config(folder))
+        with torch.device("meta"):  # no memory yet: each tensor comes from the file, so that one copy is all there ever is
+            llm = cls(config)
+        weights.fill(llm, weights.Shards(folder), weights.llama_name, folder, dtype, weights.LLAMA_DROPPED)
+        llm.config = replace(config, **experts)
+        for layer in llm.layers:
+            layer.add_mome(llm.config, dtype)
+        return llm
 
     def forward(self, tokens):
         """tokens (B, T) -> logits (B, T, V)."""
@@ -324,7 +361,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., D) -> (..., V)."""
-        return F.linear(hidden, self.embed_tokens.weight)
+        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
     def trunk(self, x, real=None, positions=None, cache=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D), normalised for `logits`.
@@ -333,8 +370,8 @@ class Llama(nn.Module):
         that follows in each row, at `positions` (B,)."""
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device) if positions is None else positions[:, None, None]  # (T,) or (B, 1, 1)
-        rope = [table.to(x.dtype) for table in rope_tables(positions, self.config.dim // self.config.n_heads,
-                                                           self.config.rope_theta)]
+        rope = [table.to(x.dtype) for table in rope_tables(positions, self.config.head_dim, self.config.rope_theta,
+                                                           self.config.rope_scaling)]
         mask = None                                        # of a prefix: causal, so padding on the right is never seen
         if cache is not None and cache.filled:
             assert T == 1, f"after its prefix a cache takes one token at a time, not {T}"
@@ -494,16 +531,6 @@ class AVSR(nn.Module):
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-def write_whole(path, write):
-    """Call write(temporary path), then move the result to `path`: it is there whole or not at all."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 def save_model(model, folder, **more):
     """Write model.safetensors, and config.json with the model's config and `more` (rates, tasks)."""
