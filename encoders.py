@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import weights
+
 SAMPLE_RATE = 16_000                          # Hz
 HOP_LENGTH = 160                              # samples between log-mel frames
 N_FFT = 400                                   # samples in a window: 25 ms
@@ -165,6 +167,17 @@ class AudioEncoder(nn.Module):
             x = block(x, mask)
         return self.norm(x)
 
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32):
+        """The encoder of an HF Whisper in `folder` (a whole model or its encoder alone). Raises weights.WeightsError."""
+        tensors = weights.Shards(folder)
+        prefix = next((p for p in ("model.encoder.", "encoder.") if f"{p}conv1.weight" in tensors), "")
+        with torch.device("meta"):
+            encoder = cls(AudioConfig(**weights.whisper_config(folder)))
+        weights.fill(encoder, tensors, lambda name: prefix + weights.whisper_name(name), folder, dtype,
+                     r"(model\.)?decoder\.|proj_out\.")
+        return encoder.eval()
+
     @staticmethod
     def n_tokens(frames):
         """Tokens that come of `frames` log-mel frames."""
@@ -227,6 +240,15 @@ class VideoEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32):
+        """The video encoder in an AV-HuBERT file (Base or Large, pretrained or fine-tuned). Raises weights.WeightsError."""
+        tensors = weights.avhubert_tensors(path)
+        with torch.device("meta"):
+            encoder = cls(VideoConfig(**weights.avhubert_config(path, tensors)))
+        weights.fill(encoder, tensors, weights.avhubert_name, path, dtype, weights.AVHUBERT_DROPPED)
+        return encoder.eval()
 
     @staticmethod
     def n_tokens(frames):

@@ -3,6 +3,7 @@
 A file's tensors are a mapping of name -> tensor, read one at a time; `fill` puts them into a module by an explicit map of
 names, and a tensor that is missing, left over or of another shape is an error that names it. Nothing in a file is ever run.
 """
+import base64
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -230,10 +232,89 @@ def avhubert_tensors(path):
     return tensors
 
 
-def avhubert_config(tensors):
+def avhubert_config(path, tensors):
     """The sizes of an AV-HuBERT, from its tensors' shapes -> the fields of VideoConfig."""
+    if "post_extract_proj.weight" not in tensors:
+        raise WeightsError(f"{path}: no tensor 'post_extract_proj.weight' in it: not an AV-HuBERT model")
     dim = tensors["post_extract_proj.weight"].shape[0]
     n_layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")})
     return dict(size=88, picture=96, stem_channels=64, stem_kernel=7, channels=(64, 128, 256, 512), blocks_per_stage=2,
                 dim=dim, n_layers=n_layers, n_heads=dim // 64, pos_kernel=tensors["encoder.pos_conv.0.weight"].shape[2],
                 pos_groups=dim // tensors["encoder.pos_conv.0.weight"].shape[1])
+
+
+# --- tokenizers: byte-level BPE as tiktoken Encodings ----------------------------------------------------------------
+
+GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+SINGLE_DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+LLAMA3_WORDS = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+                r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the first two ids after the ranks
+
+
+class BPE(tiktoken.Encoding):
+    """A tiktoken Encoding whose `encode` takes all text as text, special tokens too, and drops bytes that the vocabulary
+    lacks, as HF's tokenizers do: tiktoken wants all 256, so they get ids past its end."""
+
+    def __init__(self, name, words, ranks, special):
+        self.size = max([*ranks.values(), *special.values()]) + 1
+        lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        super().__init__(name, pat_str=words, special_tokens=special,
+                         mergeable_ranks=ranks | {byte: self.size + i for i, byte in enumerate(lacking)})
+
+    def encode(self, text):
+        return [i for i in super().encode(text, disallowed_special=()) if i < self.size]
+
+
+def letters_of_bytes():
+    """The letters by which byte-level BPE writes bytes in JSON (GPT-2's table) -> {letter: byte}."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def word_pattern(pre_tokenizer):
+    """tokenizer.json's pre_tokenizer -> the regex that cuts text into words, or None where it is none that we know."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else [{"type": None}]
+    *first, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not first:
+        return GPT2_WORDS
+    if len(first) == 1 and first[0]["type"] == "Digits" and first[0].get("individual_digits"):
+        return SINGLE_DIGITS
+    if len(first) == 1 and first[0]["type"] == "Split" and not last.get("use_regex", True):
+        return first[0]["pattern"].get("Regex")
+    return None
+
+
+def read_tokenizer(folder):
+    """The tokenizer of an HF folder (byte-level BPE in tokenizer.json, or Llama 3's rank file tokenizer.model) -> BPE."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return read_ranks(folder)
+    file = read_json(path)
+    model, words = file.get("model", {}), word_pattern(file.get("pre_tokenizer"))
+    if model.get("type") != "BPE" or model.get("byte_fallback") or file.get("normalizer") or words is None:
+        raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
+                           "use a model with one, like Llama 3 or SmolLM2")
+    letters, special = letters_of_bytes(), {t["content"]: t["id"] for t in file.get("added_tokens", [])}
+    ranks = {bytes(letters[c] for c in token): i for token, i in model["vocab"].items() if token not in special}
+    merged = [model["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in model["merges"]]
+    if merged != sorted(merged):
+        raise WeightsError(f"{path}: its merges are not in the order of their ids, which tiktoken needs")
+    return BPE(folder.name, words, ranks, special)
+
+
+def read_ranks(folder):
+    """Llama 3's own tokenizer.model: lines of a token in base64 and its rank."""
+    path = next((p for p in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if p.is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    except ValueError:
+        raise WeightsError(f"{path}: a SentencePiece model, as in Llama 2, which is not supported; use a model with a "
+                           "byte-level BPE tokenizer, like Llama 3 or SmolLM2") from None
+    return BPE(folder.name, LLAMA3_WORDS, ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})

@@ -1,0 +1,265 @@
+"""python -m pytest tests/test_weights.py: other people's weights, against transformers as the reference."""
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file, save_file
+
+import weights
+from encoders import AudioEncoder, VideoConfig, VideoEncoder, log_mel
+from mome import Llama
+
+transformers = pytest.importorskip("transformers")
+
+
+# --- Llama ---
+
+SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512)
+VARIANTS = {
+    "plain": {}, "tied": dict(tie_word_embeddings=True), "all heads have keys": dict(num_key_value_heads=4),
+    "one key head": dict(num_key_value_heads=1), "wide heads": dict(head_dim=24), "biases": dict(attention_bias=True, mlp_bias=True),
+    "theta and eps": dict(rope_theta=500_000.0, rms_norm_eps=1e-3),
+    "linear rope": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "llama3 rope": dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                          original_max_position_embeddings=64))}
+
+
+def random_llama(folder, shard="1GB", **more):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | more)).eval()
+    for name, parameter in model.named_parameters():  # also norms and biases, which begin as ones and zeros
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_llama_gives_transformers_logits(tmp_path, variant):
+    theirs, tokens = random_llama(tmp_path, **VARIANTS[variant]), torch.randint(0, 99, (2, 200))
+    ours = Llama.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_shards_dtypes_and_new_experts(tmp_path):
+    theirs, tokens = random_llama(tmp_path, shard="20KB"), torch.randint(0, 99, (2, 9))
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path)(tokens), expected, atol=1e-4, rtol=1e-4)
+    half = Llama.from_pretrained(tmp_path, torch.bfloat16, n_routed=4, n_shared=1)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters()) and half.layers[1].mome is not None
+    assert (half(tokens).float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_generate_gives_the_tokens_of_transformers(tmp_path):
+    theirs, prompt = random_llama(tmp_path, eos_token_id=None, bos_token_id=None), torch.randint(0, 99, (1, 12))
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt))[0, 12:].tolist()
+    llm = Llama.from_pretrained(tmp_path)
+    (ids, _), = llm.generate([llm.embed_tokens(prompt[0])], eos=-1, max_tokens=20)
+    assert ids == expected
+
+
+def change(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+WRONG_LLAMAS = {
+    "no tensor 'model.layers.1.mlp.up_proj.weight'": lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+    "no place for: model.extra": lambda t: t.update({"model.extra": torch.zeros(1)}),
+    r"'model.norm.weight' has shape \(31,\), expected \(32,\)": lambda t: t.update({"model.norm.weight": torch.zeros(31)})}
+
+
+@pytest.mark.parametrize("message", WRONG_LLAMAS)
+def test_wrong_tensors_are_named(tmp_path, message):
+    random_llama(tmp_path)
+    change(tmp_path / "model.safetensors", WRONG_LLAMAS[message])
+    with pytest.raises(weights.WeightsError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry, message", [
+    ({"model_type": "qwen2"}, "model_type 'qwen2'"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_parameters": None}, "rope type 'yarn'")])
+def test_models_that_are_not_supported_are_named(tmp_path, entry, message):
+    random_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | entry))
+    with pytest.raises(weights.WeightsError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_folders_without_weights_are_named(tmp_path):
+    with pytest.raises(weights.WeightsError, match="config.json: not readable"):
+        Llama.from_pretrained(tmp_path)
+    random_llama(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(weights.WeightsError, match="not readable as safetensors"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match="no model.safetensors"):
+        Llama.from_pretrained(tmp_path)
+
+
+# --- Whisper ---
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_mels", [80, 128])
+@pytest.mark.parametrize("part", ["whole", "encoder", "bare"])
+def test_whisper_encoder_equals_transformers(tmp_path, n_mels, part):
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256,
+                                        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64, num_mel_bins=n_mels,
+                                        max_source_positions=1500, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    theirs = transformers.WhisperForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    if part != "whole":
+        def cut(tensors):
+            start = "model.encoder." if part == "bare" else "model."
+            for name in list(tensors):
+                tensor = tensors.pop(name)
+                if name.startswith("model.encoder."):
+                    tensors[name.removeprefix(start)] = tensor
+        change(tmp_path / "model.safetensors", cut)
+    mel = torch.randn(2, n_mels, 3000)
+    ours = AudioEncoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours(mel), theirs.model.encoder(mel).last_hidden_state, atol=1e-3, rtol=1e-3)
+    assert ours(mel[:, :, :301]).shape == (2, 151, 64)  # short input: the first positions
+
+
+@pytest.mark.parametrize("n_mels", [80, 128])
+def test_log_mel_equals_transformers(n_mels):
+    wave = torch.randn(16000 * 3).cumsum(0)
+    wave = 0.5 * wave / wave.abs().max()
+    theirs = transformers.WhisperFeatureExtractor(feature_size=n_mels)(wave.numpy(), sampling_rate=16000, padding=False)
+    torch.testing.assert_close(log_mel(wave, n_mels), torch.tensor(theirs["input_features"][0]), atol=1e-4, rtol=0)
+
+
+# --- AV-HuBERT ---
+
+def avhubert_state(dim=64, n_layers=2):
+    """A state dict with AV-HuBERT's names and, but for the transformer's sizes, its shapes."""
+    torch.manual_seed(0)
+    state, net = {}, "feature_extractor_video.resnet."
+
+    def norm(name, n):
+        state.update({f"{name}.weight": torch.rand(n) + .5, f"{name}.bias": torch.randn(n), f"{name}.running_mean": torch.randn(n),
+                      f"{name}.running_var": torch.rand(n) + .5, f"{name}.num_batches_tracked": torch.tensor(7)})
+
+    def linear(name, *shape):
+        state.update({f"{name}.weight": 0.1 * torch.randn(shape), f"{name}.bias": 0.1 * torch.randn(shape[0])})
+
+    state[f"{net}frontend3D.0.weight"] = 0.1 * torch.randn(64, 1, 5, 7, 7)
+    norm(f"{net}frontend3D.1", 64)
+    state[f"{net}frontend3D.2.weight"] = torch.rand(64)
+    c_in = 64
+    for stage, c in enumerate((64, 128, 256, 512), 1):
+        for block in range(2):
+            at = f"{net}trunk.layer{stage}.{block}"
+            state[f"{at}.conv1.weight"], state[f"{at}.conv2.weight"] = 0.03 * torch.randn(c, c_in, 3, 3), 0.03 * torch.randn(c, c, 3, 3)
+            norm(f"{at}.bn1", c), norm(f"{at}.bn2", c)
+            state[f"{at}.relu1.weight"], state[f"{at}.relu2.weight"] = torch.rand(c), torch.rand(c)
+            if stage > 1 and block == 0:
+                state[f"{at}.downsample.0.weight"] = 0.03 * torch.randn(c, c_in, 1, 1)
+                norm(f"{at}.downsample.1", c)
+            c_in = c
+    linear("feature_extractor_video.proj", dim, 512)
+    linear("feature_extractor_audio.proj", dim, 104)
+    linear("post_extract_proj", dim, 2 * dim)
+    linear("layer_norm", 2 * dim)
+    state["layer_norm.weight"] = torch.rand(2 * dim)
+    state |= {"encoder.pos_conv.0.bias": torch.randn(dim), "encoder.pos_conv.0.weight_g": torch.rand(1, 1, 128),
+              "encoder.pos_conv.0.weight_v": torch.randn(dim, dim // 16, 128)}
+    for n in range(n_layers):
+        at = f"encoder.layers.{n}"
+        for proj in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            linear(f"{at}.self_attn.{proj}", dim, dim)
+        linear(f"{at}.fc1", 4 * dim, dim)
+        linear(f"{at}.fc2", dim, 4 * dim)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            state |= {f"{at}.{name}.weight": torch.rand(dim), f"{at}.{name}.bias": torch.randn(dim)}
+    state |= {"encoder.layer_norm.weight": torch.rand(dim), "encoder.layer_norm.bias": torch.randn(dim),
+              "mask_emb": torch.randn(dim), "final_proj.weight": torch.randn(8, dim), "final_proj.bias": torch.randn(8),
+              "label_embs_concat": torch.randn(20, 8)}
+    return state
+
+
+class Alien:
+    """Something of another library that a checkpoint drags along."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+class Command:
+    """An object whose unpickling runs a shell command."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_avhubert_file_loads_without_its_classes(tmp_path, finetuned):
+    state = avhubert_state()
+    named = {f"encoder.w2v_model.{name}": t for name, t in state.items()} | {"decoder.out": torch.zeros(3)} if finetuned else state
+    torch.save({"cfg": Alien({"a": [1]}), "args": None, "model": named, "task_state": [Alien(), {"x": Alien()}]}, tmp_path / "av.pt")
+    encoder = VideoEncoder.from_pretrained(tmp_path / "av.pt")
+    video = torch.rand(2, 1, 9, 96, 96)
+    out = encoder(video)
+    assert out.shape == (2, 9, 64) and out.isfinite().all()
+    padded = torch.cat([video[1:], torch.rand(1, 1, 4, 96, 96)], 2)
+    torch.testing.assert_close(encoder(padded, torch.tensor([9]))[:, :9], out[1:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(encoder(video[..., 4:92, 4:92]), out)  # the middle 88 x 88 is what it looks at
+    v, g = state["encoder.pos_conv.0.weight_v"], state["encoder.pos_conv.0.weight_g"]
+    expected = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(64, 64, 128, groups=16), dim=2)
+    expected.parametrizations.weight.original0.copy_(g), expected.parametrizations.weight.original1.copy_(v)
+    torch.testing.assert_close(encoder.pos_conv.weight, expected.weight)
+
+
+def test_avhubert_large_has_a_place_for_every_tensor():
+    """The real sizes, on the meta device: every name and shape of the Large model is asked for, none is left."""
+    with torch.device("meta"):
+        ours = VideoEncoder(VideoConfig(**weights.avhubert_config("x", {
+            "post_extract_proj.weight": torch.empty(1024, 2048), "encoder.pos_conv.0.weight": torch.empty(1024, 64, 128),
+            **{f"encoder.layers.{n}.fc2.bias": torch.empty(1024) for n in range(24)}})))
+    small = avhubert_state(n_layers=1)
+    asked = {weights.avhubert_name(name) for name in ours.state_dict()}
+    for name in small:
+        assert name in asked or "pos_conv" in name or name.startswith(("mask_emb", "final_proj", "label_embs", "feature_extractor_audio"))
+    assert 320e6 < sum(p.numel() for p in ours.parameters()) < 326e6
+
+
+def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
+    torch.save({"cfg": Command(tmp_path / "ran"), "model": avhubert_state()}, tmp_path / "av.pt")
+    with open(tmp_path / "plain.pt", "wb") as file:
+        pickle.dump({"model": Command(tmp_path / "ran")}, file)
+    VideoEncoder.from_pretrained(tmp_path / "av.pt")
+    with pytest.raises(weights.WeightsError):
+        VideoEncoder.from_pretrained(tmp_path / "plain.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "av.pt", weights_only=False)  # the ordinary way does run it, so that this test can fail
+    assert (tmp_path / "ran").exists()
+
+
+def test_wrong_avhubert_files_are_named(tmp_path):
+    (tmp_path / "no.pt").write_bytes(b"nothing")
+    with pytest.raises(weights.WeightsError, match="no.pt: not readable"):
+        VideoEncoder.from_pretrained(tmp_path / "no.pt")
+    state = avhubert_state()
+    del state["encoder.layers.1.fc1.bias"]
+    torch.save({"model": state}, tmp_path / "less.pt")
+    with pytest.raises(weights.WeightsError, match="encoder.layers.1.fc1.bias"):
+        VideoEncoder.from_pretrained(tmp_path / "less.pt")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(weights.WeightsError, match="not an AV-HuBERT"):
+        VideoEncoder.from_pretrained(tmp_path / "other.pt")
