@@ -29,9 +29,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import weights
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
-from mome import write_whole
 from talker import SPLITS, random_job, synthesize
+from weights import write_whole
 
 
 class ClipError(ValueError):
@@ -191,8 +192,10 @@ def save_tokenizer(words, folder):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of the checkpoint in `folder`; its `encode` adds no special tokens."""
-    return make_tokenizer(json.loads((Path(folder) / "tokenizer.json").read_text("utf-8"))["words"])
+    """The tokenizer of the checkpoint, or of the HF model, in `folder`; its `encode` adds no special tokens."""
+    path = Path(folder, "tokenizer.json")
+    ours = path.is_file() and weights.read_json(path).get("words")
+    return make_tokenizer(ours) if ours else weights.read_tokenizer(folder)
 
 
 # --- real clips ------------------------------------------------------------------------------------------------------

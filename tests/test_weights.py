@@ -1,13 +1,15 @@
 """python -m pytest tests/test_weights.py: other people's weights, against transformers as the reference."""
+import base64
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
-from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
+import data
 import weights
 from encoders import AudioEncoder, VideoConfig, VideoEncoder, log_mel
 from mome import Llama
@@ -263,3 +265,64 @@ def test_wrong_avhubert_files_are_named(tmp_path):
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(weights.WeightsError, match="not an AV-HuBERT"):
         VideoEncoder.from_pretrained(tmp_path / "other.pt")
+
+
+# --- tokenizers ---
+
+LINES = ["the capital of France is Paris", "don't we'll I'm he'd  they've", "1234 567  89 0.5 ¼ ², Ⅷ ٣٤", "x = f(a[i], b) ** 2;\treturn\r\n",
+         "   four   spaces    ", "naïve café über Straße", "Привет, мир", "こんにちは世界", "東京都 1区", "안녕하세요", "שלום עולם", "مرحبا",
+         "नमस्ते", "👩‍🚀 🇫🇷 ❤️ 🫠", "a\n\n\n b\n  c", "<|bos|> <|eos|>", "", " ", "\u00ad\u200b\u3000\U0010fffd"]
+
+
+def train_bpe(folder, pre_tokenizer, alphabet=True):
+    """A byte-level BPE made by HF's tokenizers library in `folder` -> its tokenizer."""
+    import tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(tokenizers)
+    tokenizer.train_from_iterator(LINES * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+PRE_TOKENIZERS = {
+    "GPT-2": lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "SmolLM2": lambda t: t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "Llama 3": lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Split(t.Regex(weights.LLAMA3_WORDS), "isolated"),
+        t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])}
+
+
+@pytest.mark.parametrize("alphabet", [True, False], ids=["all bytes", "some bytes"])
+@pytest.mark.parametrize("kind", PRE_TOKENIZERS)
+def test_tokenizers_give_the_ids_of_hf(tmp_path, kind, alphabet):
+    theirs = train_bpe(tmp_path, PRE_TOKENIZERS[kind], alphabet)
+    ours, dropped = data.load_tokenizer(tmp_path), 0
+    rng = random.Random(0)
+    lines = LINES + ["".join(rng.choices("".join(LINES) + "ÿþ܀", k=rng.randint(1, 40))) for _ in range(1000)]
+    for line in lines:
+        ids = theirs.encode(line.replace("<|", "<"), add_special_tokens=False).ids
+        assert ours.encode(line.replace("<|", "<")) == ids
+        dropped += ours.decode(ids) != line.replace("<|", "<")
+    assert (dropped > 0) == (not alphabet)  # only bytes that the vocabulary lacks are lost, as HF loses them
+    assert ours.encode_single_token("<|eos|>") == 1 and 1 not in ours.encode("<|eos|>")  # text is text
+
+
+def test_rank_file_of_llama_3(tmp_path):
+    ranks = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the"]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks)))
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.encode("the the") == [257, 258] and tokenizer.decode([257, 258]) == "the the"
+    assert tokenizer.encode_single_token("<|begin_of_text|>") == 259
+
+
+def test_tokenizers_that_are_not_supported_are_named(tmp_path):
+    with pytest.raises(weights.WeightsError, match="no tokenizer.json and no tokenizer.model"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(weights.WeightsError, match="SentencePiece"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}))
+    with pytest.raises(weights.WeightsError, match="SentencePiece"):
+        data.load_tokenizer(tmp_path)
