@@ -11,21 +11,16 @@ Axes, in names, shape comments and einsums:
 
 Choices that the paper does not settle are marked `not in the paper`.
 """
-import json
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import weights
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
-from weights import write_whole
 
 PLACES = ("attn", "ffn", "layer")
 
@@ -528,37 +523,3 @@ class AVSR(nn.Module):
     def generate(self, encoded, rates, beam=1, max_tokens=None):
         """Decode a batch of encoded clips -> [(token ids, mean log-probability per token)]; see `Llama.generate`."""
         return self.llm.generate(self.prefix(encoded, rates), self.config.eos, beam, max_tokens or self.config.max_tokens)
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-def save_model(model, folder, **more):
-    """Write model.safetensors, and config.json with the model's config and `more` (rates, tasks)."""
-    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(model.state_dict(), path))
-    text = json.dumps({"model": asdict(model.config), **more}, indent=2) + "\n"
-    write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
-
-
-class CheckpointError(ValueError):
-    """A folder without a readable checkpoint; the message says which and what is wrong."""
-
-
-def load_model(folder):
-    """-> (AVSR in eval mode, the dict of config.json). Raises CheckpointError where `folder` holds no checkpoint."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
-
-    def build(kind, values):
-        return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        parts = {name: build(kind, config["model"][name])
-                 for name, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
-        model = AVSR(build(AVSRConfig, config["model"] | parts))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged, or of another version: {str(error).splitlines()[0]}") from None
-    return model.eval(), config

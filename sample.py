@@ -13,17 +13,21 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import groupby, product
 from pathlib import Path
 
 import jiwer
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-from encoders import VideoConfig
-from mome import load_model
+from encoders import AudioConfig, VideoConfig
+from mome import AVSR, AVSRConfig, LlamaConfig
+from weights import write_whole
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
 TEST_BATCH = 50  # clips decoded together
@@ -62,6 +66,40 @@ def parse_snrs(text):
     except ValueError:
         raise ValueError(f"--snr {text!r}: expected 'clean' or dB, like clean,0,-5") from None
     return list(dict.fromkeys([None, *snrs]))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save_model(model, folder, **more):
+    """Write model.safetensors, and config.json with the model's config and `more` (rates, tasks)."""
+    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(model.state_dict(), path))
+    text = json.dumps({"model": asdict(model.config), **more}, indent=2) + "\n"
+    write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
+
+
+class CheckpointError(ValueError):
+    """A folder without a readable checkpoint; the message says which and what is wrong."""
+
+
+def load_model(folder):
+    """-> (AVSR in eval mode, the dict of config.json). Raises CheckpointError where `folder` holds no checkpoint."""
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
+
+    def build(kind, values):
+        return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        parts = {name: build(kind, config["model"][name])
+                 for name, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
+        model = AVSR(build(AVSRConfig, config["model"] | parts))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: damaged, or of another version: {str(error).splitlines()[0]}") from None
+    return model.eval(), config
 
 
 # --- transcribe a clip -----------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 import data
 from encoders import FPS, AudioConfig, VideoConfig
-from mome import AVSR, PLACES, AVSRConfig, CheckpointError, Llama, LlamaConfig, load_model, pool, save_model, write_whole
-from sample import TASKS, evaluate, parse_rates, parse_snrs, run_script, table, task_rates
+from mome import AVSR, PLACES, AVSRConfig, Llama, LlamaConfig, pool
+from sample import TASKS, CheckpointError, evaluate, load_model, parse_rates, parse_snrs, run_script, save_model, table, task_rates
 from talker import grid_sentences, mishear, spell
+from weights import write_whole
 
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
 HALF_OF_THE_CORES = max(1, torch.get_num_threads() // 2)
@@ -76,7 +77,8 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
-    encoder_steps: int = flag(350, "training", "of stage 1, for each encoder")
+    audio_steps: int = flag(400, "training", "of stage 1, the audio encoder")
+    video_steps: int = flag(350, "training", "of stage 1, the video encoder")
     ctc_steps: int = flag(2500, "training", "of stage 1 on clips that come without an alignment (--data)")
     llm_steps: int = flag(500, "training", "of stage 2")
 
@@ -333,7 +335,7 @@ def train_all(config, clips, tasks, device, watch):
         llama = beside.submit(cached, cache, "llama", key, make)  # beside the encoders: it needs no clips
         for stream, encoder in model.encoders.items():
             having = [clip for clip in clips["train"] if stream in clip.streams]
-            steps = config.encoder_steps if having[0].aligned else config.ctc_steps
+            steps = getattr(config, f"{stream}_steps") if having[0].aligned else config.ctc_steps
             torch.manual_seed(seed)
             make = partial(train_encoder, stream, type(encoder)(encoder.config).to(device), having, units, steps,
                            random.Random(f"{seed} {stream}"), device)

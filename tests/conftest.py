@@ -15,7 +15,7 @@ from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
 SHARED = ROOT.parent / "shared"  # real clips that some tests use where they are at hand
 
 
-TRAINED = "--rates 2:2,4:8 --clips 12 --test-clips 5 --encoder-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()
+TRAINED = "--rates 2:2,4:8 --clips 12 --test-clips 5 --audio-steps 1 --video-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
 
 @pytest.fixture

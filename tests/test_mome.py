@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import tiny_avsr
 
 import data
-from mome import AVSR, CheckpointError, KVCache, Llama, LlamaConfig, MoME, load_model, pool, save_model
+from mome import AVSR, KVCache, Llama, LlamaConfig, MoME, pool
+from sample import CheckpointError, load_model, save_model
 
 
 def random_mome(n_routed=6, top_k=2, n_shared=1, bottleneck=4, dim=16, seed=0):

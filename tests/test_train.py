@@ -14,7 +14,7 @@ import data
 import sample
 import train
 
-TINY = "--clips 12 --test-clips 4 --encoder-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
+TINY = "--clips 12 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
 
 # --- flags ---
