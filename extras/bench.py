@@ -1,13 +1,13 @@
 """What MoME and decoding cost, as ratios of two ways of doing the same thing.
 
-    python -m extras.bench                    all sections, about ten minutes on 2 cores
+    python -m extras.bench                    all sections, about a quarter of an hour on 2 cores
     python -m extras.bench --quick            smaller shapes, under a minute
     python -m extras.bench --plot paths.png   the picture of README.md: which path wins at which width of the experts
     python -m extras.bench --out DIR          beside it the seconds of the training run in DIR, by stage
 
 The two ways are timed in turn, in one process, on one machine, and what is printed is the median over the pairs of the
 ratio of their times (or memory): above 1, the second is better. On a GPU the same is measured in bf16 by CUDA events. Peers
-from `transformers` stand beside where it is installed (requirements-test.txt); --plot needs matplotlib.
+from `transformers` stand beside where it is installed (requirements-test.txt); --plot needs matplotlib (extras/requirements.txt).
 """
 import argparse
 import json
@@ -159,7 +159,7 @@ def mixtral(dim, n_experts, top_k, width, bench):
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError as error:
-        return None, f"transformers is not installed ({error})"
+        return None, f"transformers 5 is not installed ({error})"
     config = MixtralConfig(hidden_size=dim, intermediate_size=width, num_local_experts=n_experts, num_experts_per_tok=top_k)
     config._experts_implementation = "grouped_mm"  # what a whole Mixtral uses
     block = MixtralSparseMoeBlock(config)
@@ -289,7 +289,10 @@ def main_job(bench):
 
 def plot(bench, path):
     """Time of each path, forward + backward, over the experts' width and over the number of tokens -> an image at `path`."""
-    from matplotlib import pyplot
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise SystemExit("--plot: matplotlib is not installed: pip install -r extras/requirements.txt") from None
 
     def times(n_tokens, width):
         mome = randomised(MoME(512, 23, 4, 1, width)).to(bench.device, bench.dtype)
@@ -304,6 +307,7 @@ def plot(bench, path):
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for panel, label, points in ((panels[0], "width R of an expert (1024 tokens)", [(1024, r) for r in (4, 8, 12, 24, 48, 96, 192, 384)]),
                                  (panels[1], "tokens (R = 12)", [(n, 12) for n in (1, 4, 16, 64, 256, 1024, 4096)])):
+        points = points[:2] if bench.quick else points
         found = [times(*point) for point in tqdm(points, label, leave=False)]
         xs = [point[1] if panel is panels[0] else point[0] for point in points]
         for name, marker in (("loop", "o"), ("grouped", "s"), ("wide", "^")):

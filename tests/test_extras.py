@@ -1,0 +1,35 @@
+"""python -m pytest tests/test_extras.py: the benchmark runs and tells what it says it tells (never how long things take)."""
+import json
+
+import pytest
+
+from extras import bench
+
+
+def test_rows_of_the_benchmark(capsys, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"seconds": {"clips": 1.5, "stage 3": 2.0}}))
+    assert bench.main(["--quick", "--pairs", "1", "--json", "--sections", "layer,memory,main", "--out", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    sections = {row["section"] for row in document["rows"]}
+    assert sections == {"layer", "memory", "main job"} and "torch" in document["machine"]
+    for row in document["rows"]:
+        if row["section"] == "layer" and "missing" not in row:
+            assert row["ratio"] == pytest.approx(row["first_seconds"] / row["second_seconds"])
+    seconds, = (row["seconds"] for row in document["rows"] if row["section"] == "main job")
+    assert seconds == {"clips": 1.5, "stage 3": 2.0}
+    memory, = (row for row in document["rows"] if row["section"] == "memory")
+    assert "missing" in memory or memory["first_bytes"] > 2 * memory["second_bytes"] > 0
+
+
+def test_a_missing_run_is_said_and_wrong_sections_are_refused(capsys, tmp_path):
+    assert bench.main(["--sections", "main", "--out", str(tmp_path)]) == 0
+    assert "no " + str(tmp_path / "metrics.json") in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--sections", "layers"])
+    assert "--sections are some of layer," in capsys.readouterr().err
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert bench.main(["--quick", "--pairs", "1", "--plot", str(tmp_path / "paths.png")]) == 0
+    assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
