@@ -241,7 +241,7 @@ def decoding(bench):
 
 def logits_memory(bench):
     """Memory that logits and their gradients take above the trunk's own: all positions against those of labels."""
-    V, B, T, n_labels = 32_768 if bench.quick else 128_256, 4, 300, 25
+    V, B, T, n_labels = 128_256, 4, 300, 25
     what = f"vocabulary {V:,}, {B} x {T} tokens, {n_labels} labels each"
     llm = Llama(LlamaConfig(V, dim=64, n_layers=1)).to(bench.device, bench.dtype)
     llm.embed_tokens.requires_grad_(False)
