@@ -82,11 +82,11 @@ def processes(count, threads):
 
 # --- sound as training sees it ---------------------------------------------------------------------------------------
 
-def with_mel(clip, keep_wave=True):
-    """The clip with log10 mel powers beside its wave, or in its place (half the memory)."""
+def with_mel(clip, keep_wave=True, n_mels=80):
+    """The clip with log10 mel powers beside its wave, or in its place (half the memory); as many bands as it had before."""
     if clip.wave is None:
         return clip
-    mel = mel_power(torch.from_numpy(clip.wave)).clamp(min=1e-10).log10().half().numpy()
+    mel = mel_power(torch.from_numpy(clip.wave), n_mels if clip.mel is None else len(clip.mel)).clamp(min=1e-10).log10().half().numpy()
     return replace(clip, mel=mel, wave=clip.wave if keep_wave else None)
 
 
@@ -216,7 +216,7 @@ def ffmpeg(path, *options, feed=None):
     return done.stdout
 
 
-def read_clip(path, size=32, text=""):
+def read_clip(path, size=32, text="", n_mels=80):
     """Any media file -> Clip: a centred square of its pictures at 25 fps by their time stamps, its sound at 16 kHz.
 
     Sound is padded or cut to 640 samples per frame. A missing stream is None; raises ClipError where both are."""
@@ -235,7 +235,7 @@ def read_clip(path, size=32, text=""):
         wave = np.pad(wave, (0, max(0, samples - len(wave))))[:samples]
     if frames is None and wave is None:
         raise ClipError(f"{path}: neither sound nor pictures in it")
-    clip = with_mel(Clip(str(path), text, wave, frames))
+    clip = with_mel(Clip(str(path), text, wave, frames), n_mels=n_mels)
     if clip.duration > MAX_SECONDS:
         raise ClipError(f"{path}: {clip.duration:.1f} s long; cut it into pieces of at most {MAX_SECONDS} s")
     return clip
@@ -273,7 +273,7 @@ def folder_parts(folder, paths):
     return {p: "test" if key(p) in tested else "train" for p in paths}
 
 
-def folder_clips(folder, size=32):
+def folder_clips(folder, size=32, n_mels=80):
     """A folder of clips with transcripts -> {"train": [Clip], "test": [Clip]}, with no sentence in both.
 
     Unusable clips are named on stderr and left out, and so are training clips whose sentence the test part has."""
@@ -285,7 +285,7 @@ def folder_clips(folder, size=32):
 
     def read(path):
         try:
-            return parts[path], read_clip(path, size, transcript(path))
+            return parts[path], read_clip(path, size, transcript(path), n_mels)
         except ClipError as error:
             return None, error
 

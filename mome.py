@@ -192,7 +192,8 @@ class MoME(nn.Module):
     fine rates serve the coarse ones.
 
     Called on (..., dim), it returns the same shape; `balance_loss` then belongs to that call. Up-projections start at
-    zero, so that a new MoME changes nothing."""
+    zero, so that a new MoME changes nothing. Beside a bf16 Llama the parameters stay fp32, for the optimizer's small
+    steps, and are rounded when used."""
 
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
@@ -210,7 +211,8 @@ class MoME(nn.Module):
         gates, experts = self.route(flat, None if mask is None else mask.reshape(-1))
         paths = {"loop": self.loop, "grouped": self.grouped, "wide": self.wide}
         path = self.best_path(flat) if self.path == "auto" else self.path
-        return paths[path](flat, gates, experts).view_as(h)
+        down, bias, up = (p.to(h.dtype) for p in (self.down, self.down_bias, self.up))
+        return paths[path](flat, gates, experts, down, bias, up).view_as(h)
 
     def best_path(self, h):
         """`wide` computes (E - K) * R products that `grouped` saves by moving K copies of a token; that pays from about 64
@@ -232,7 +234,7 @@ class MoME(nn.Module):
         experts = torch.arange(self.n_shared, device=h.device).expand(len(h), -1)
         if self.router is None:
             return gates, experts
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):
             probs = F.linear(h.float(), self.router.weight.float()).softmax(dim=-1)              # (N, N_r)
         top, chosen = probs.topk(self.top_k, dim=-1)
         self.routed = probs, chosen, mask
@@ -251,40 +253,42 @@ class MoME(nn.Module):
         share = torch.zeros_like(probs).scatter(1, chosen, counted.expand(chosen.shape)).sum(0) / (total * self.top_k)
         return self.n_routed * (share * (probs * counted).sum(0) / total).sum()
 
-    def loop(self, h, gates, experts):
+    @staticmethod
+    def loop(h, gates, experts, down, bias, up):
         """The equation, expert by expert, each on the tokens that were sent to it."""
         out = torch.zeros_like(h)
-        for n in range(len(self.down)):
+        for n in range(len(down)):
             tokens, k = (experts == n).nonzero(as_tuple=True)
-            hidden = F.gelu(h[tokens] @ self.down[n].T + self.down_bias[n])
-            expert = F.pad(hidden, (0, 1), value=1) @ self.up[n]
-            out = out.index_add(0, tokens, (gates[tokens, k, None] * expert).to(h.dtype))
+            hidden = F.gelu(h[tokens] @ down[n].T + bias[n])
+            expert = F.pad(hidden, (0, 1), value=1) @ up[n]
+            out = out.index_add(0, tokens, gates[tokens, k, None] * expert)
         return out
 
-    def grouped(self, h, gates, experts):
+    @staticmethod
+    def grouped(h, gates, experts, down, bias, up):
         """Tokens sorted by expert, so that each expert's are a block of one grouped product: the least arithmetic, K of E
         experts, but every token is copied K times, moved there and back. Rows are padded to the 16 bytes it wants."""
         if h.shape[1] * h.element_size() % 16:
             raise ValueError(f"path 'grouped': rows of {h.shape[1]} numbers are not whole 16 bytes; use 'wide' or 'loop'")
-        K = experts.shape[1]
+        (E, R, _), K = down.shape, experts.shape[1]
         expert, order = experts.flatten().sort()                             # (N * K,)
         tokens = order // K
-        ends = torch.searchsorted(expert, torch.arange(len(self.down), device=h.device), right=True).int()      # (E,)
-        spare = -self.up.shape[1] % (16 // h.element_size())                 # rows of zeros
-        down, bias = F.pad(self.down, (0, 0, 0, 1 + spare)), F.pad(self.down_bias, (0, 1 + spare))
-        hidden = F.grouped_mm(h.index_select(0, tokens), down.to(h.dtype).mT, offs=ends)         # (N * K, R + 1 + spare)
-        hidden = F.gelu(hidden + bias[expert])
-        hidden = hidden.index_fill(1, torch.tensor([self.down.shape[1]], device=h.device), 1) * gates.flatten()[order, None]
-        moved = F.grouped_mm(hidden.to(h.dtype), F.pad(self.up, (0, 0, 0, spare)).to(h.dtype), offs=ends)        # (N * K, D)
+        ends = torch.searchsorted(expert, torch.arange(E, device=h.device), right=True).int()                    # (E,)
+        spare = -(R + 1) % (16 // h.element_size())                          # rows of zeros
+        down, bias, up = F.pad(down, (0, 0, 0, 1 + spare)), F.pad(bias, (0, 1 + spare)), F.pad(up, (0, 0, 0, spare))
+        hidden = F.grouped_mm(h.index_select(0, tokens), down.mT, offs=ends)                     # (N * K, R + 1 + spare)
+        hidden = F.gelu(hidden + bias[expert]).index_fill(1, torch.tensor([R], device=h.device), 1)
+        moved = F.grouped_mm(hidden * gates.flatten()[order, None], up, offs=ends)               # (N * K, D)
         return torch.zeros_like(h).index_add(0, tokens, moved)
 
-    def wide(self, h, gates, experts):
+    @staticmethod
+    def wide(h, gates, experts, down, bias, up):
         """All experts as one bottleneck of width E * R; the gates zero what was not chosen: E / K times the arithmetic, but
         no token moves, and experts this narrow cost less to compute than their tokens cost to sort."""
-        hidden = F.gelu(F.linear(h, self.down.flatten(0, 1), self.down_bias.flatten()))         # (N, E * R)
-        hidden = F.pad(hidden.unflatten(-1, self.down_bias.shape), (0, 1), value=1)             # (N, E, R + 1)
-        dense = gates.new_zeros(len(h), len(self.down)).scatter(1, experts, gates)              # (N, E)
-        return (hidden * dense[..., None]).flatten(1) @ self.up.flatten(0, 1)
+        hidden = F.gelu(F.linear(h, down.flatten(0, 1), bias.flatten()))     # (N, E * R)
+        hidden = F.pad(hidden.unflatten(-1, bias.shape), (0, 1), value=1)    # (N, E, R + 1)
+        dense = gates.new_zeros(len(h), len(down)).scatter(1, experts, gates)                    # (N, E)
+        return (hidden * dense[..., None]).flatten(1) @ up.flatten(0, 1)
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
@@ -302,12 +306,11 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
         self.add_mome(config)
 
-    def add_mome(self, config, dtype=None):
+    def add_mome(self, config):
         """A new MoME as `config` says, or none; also for a layer that came from a file."""
         experts = config.n_routed + config.n_shared
         self.place = config.place if experts else None
         self.mome = MoME(config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck) if experts else None
-        self.to(dtype=dtype)
 
     def forward(self, x, real=None, **attention):
         """x (B, T, D), real (B, T) true at tokens that are not padding -> (B, T, D)."""
@@ -339,15 +342,15 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **experts):
-        """The Llama in an HF folder (config.json, safetensors, one or sharded), with new MoME modules if `experts` (n_routed
-        and so on) asks for them. Raises weights.WeightsError where something does not fit."""
+        """The Llama in an HF folder (config.json, safetensors, one or sharded) in `dtype`, with new MoME modules in fp32 if
+        `experts` (n_routed and so on) asks for them. Raises weights.WeightsError where something does not fit."""
         config = LlamaConfig(**weights.llama_config(folder))
         with torch.device("meta"):  # no memory yet: each tensor comes from the file, so that one copy is all there ever is
             llm = cls(config)
         weights.fill(llm, weights.Shards(folder), weights.llama_name, folder, dtype, weights.LLAMA_DROPPED)
         llm.config = replace(config, **experts)
         for layer in llm.layers:
-            layer.add_mome(llm.config, dtype)
+            layer.add_mome(llm.config)
         return llm
 
     def forward(self, tokens):
@@ -460,11 +463,13 @@ class AVSR(nn.Module):
         <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
     """
 
-    def __init__(self, config: AVSRConfig):
+    def __init__(self, config: AVSRConfig, llm=None, **encoders):
+        """`llm` and encoders (audio=, video=) that are given, as `from_pretrained` makes them, are used; `config` describes
+        them, and all others are built from it."""
         super().__init__()
         self.config, width = config, config.llm.dim
-        self.llm = Llama(config.llm)
-        self.encoders = nn.ModuleDict({stream: build(sizes) for stream, build, sizes in (
+        self.llm = llm or Llama(config.llm)
+        self.encoders = nn.ModuleDict({stream: encoders.get(stream) or build(sizes) for stream, build, sizes in (
             ("audio", AudioEncoder, config.audio), ("video", VideoEncoder, config.video)) if sizes is not None})
         self.projectors = nn.ModuleDict({stream: Projector(encoder.config.dim, config.projector_dim, width)
                                          for stream, encoder in self.encoders.items()})
@@ -490,8 +495,11 @@ class AVSR(nn.Module):
     @torch.no_grad()
     def encode(self, features):
         """Each stream once, for all rates: -> {stream: (tokens (B, T, D_encoder), lengths (B,))}."""
-        return {stream: (self.encoders[stream](x, lengths), self.encoders[stream].n_tokens(lengths))
-                for stream, (x, lengths) in features.items()}
+        encoded = {}
+        for stream, (x, lengths) in features.items():
+            encoder = self.encoders[stream]
+            encoded[stream] = encoder(x.to(encoder.norm.weight.dtype), lengths), encoder.n_tokens(lengths)
+        return encoded
 
     def prefix(self, encoded, rates):
         """What the LLM reads before the transcript, a list of B embedding sequences (T_b, D)."""
@@ -499,8 +507,9 @@ class AVSR(nn.Module):
         streams = []
         for stream in self.streams:
             if stream in rates:
-                tokens, lengths = pool(*encoded[stream], rates[stream])
-                streams.append((self.markers[stream], self.projectors[stream](tokens), lengths.tolist()))
+                tokens, lengths = encoded[stream]
+                tokens, lengths = pool(tokens.float(), lengths, rates[stream])
+                streams.append((self.markers[stream].to(table), self.projectors[stream](tokens).to(table), lengths.tolist()))
         rows = []
         for b in range(len(streams[0][1])):
             rows.append([table[self.config.bos, None]])

@@ -25,12 +25,15 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
-from encoders import AudioConfig, VideoConfig
-from mome import AVSR, AVSRConfig, LlamaConfig
-from weights import write_whole
+from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
+from mome import AVSR, AVSRConfig, Llama, LlamaConfig
+from weights import WeightsError, fingerprint, write_whole
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
-TEST_BATCH = 50  # clips decoded together
+EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
+PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # what may be real: frozen, from files of others
+FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # that name those files
+TEST_BATCH = 50  # hypotheses decoded together
 
 
 # --- rates and tasks -------------------------------------------------------------------------------------------------
@@ -70,10 +73,32 @@ def parse_snrs(text):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def save_model(model, folder, **more):
-    """Write model.safetensors, and config.json with the model's config and `more` (rates, tasks)."""
-    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(model.state_dict(), path))
-    text = json.dumps({"model": asdict(model.config), **more}, indent=2) + "\n"
+def read_parts(paths, dtype, experts, padded):
+    """{"llm": folder, "audio": folder, "video": file} or some of them -> {part: module}, in `dtype`; the LLM with new MoME
+    modules as `experts` says, the audio encoder `padded` or not. Raises weights.WeightsError."""
+    more = {"llm": experts, "audio": {"padded": padded}, "video": {}}
+    return {part: PARTS[part].from_pretrained(path, dtype, **more[part]) for part, path in paths.items()}
+
+
+def dtype_on(device):
+    """In what real frozen parts are held: bf16 on a GPU, else fp32. What is trained is fp32 everywhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def stored(name, parts):
+    """Whether a checkpoint holds this tensor: not that of a real frozen part, which it only names."""
+    owner, inside = name.split(".")[:2]
+    return ".mome." in name or (inside if owner == "encoders" else owner) not in parts
+
+
+def save_model(model, folder, paths, **more):
+    """Write model.safetensors: what was trained and the stand-ins; and config.json: the model's config, where the real parts
+    are and what tells them from others, and `more` (rates, tasks)."""
+    state = {name: t for name, t in model.state_dict().items() if stored(name, paths)}
+    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(state, path))
+    parts = {part: {"path": os.path.abspath(path)} | fingerprint(path) | fingerprint(path, whole=True)
+             for part, path in paths.items()}
+    text = json.dumps({"model": asdict(model.config), "parts": parts, **more}, indent=2) + "\n"
     write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
 
 
@@ -81,10 +106,22 @@ class CheckpointError(ValueError):
     """A folder without a readable checkpoint; the message says which and what is wrong."""
 
 
-def load_model(folder):
-    """-> (AVSR in eval mode, the dict of config.json). Raises CheckpointError where `folder` holds no checkpoint."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+def check_part(folder, part, path, known, verify):
+    """Raises CheckpointError if what is at `path` is not what the checkpoint in `folder` was trained with."""
+    if not Path(path).exists():
+        raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
+    found = fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
+    differing = [key for key in found if found[key] != known[key]]
+    if differing:
+        raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its "
+                              + ", ".join(f"{key} is {str(found[key])[:16]}, not {str(known[key])[:16]}" for key in differing))
+
+
+def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
+    """-> (AVSR in eval mode, the dict of config.json). Its real parts are looked for at `paths` ({part: path}), else where
+    they were in training, and compared with what they were (`verify`: every byte). Raises CheckpointError, WeightsError."""
+    folder, paths = Path(folder), paths or {}
+    for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
 
@@ -93,23 +130,42 @@ def load_model(folder):
 
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        parts = {name: build(kind, config["model"][name])
-                 for name, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
-        model = AVSR(build(AVSRConfig, config["model"] | parts))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        sizes = {part: build(kind, config["model"][part])
+                 for part, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
+        config["paths"] = {part: str(paths.get(part) or known["path"]) for part, known in config["parts"].items()}
+        if extra := [FLAGS[part] for part in paths if part not in config["parts"]]:
+            raise CheckpointError(f"{folder}: holds its own stand-in for what {extra[0]} names; leave {extra[0]} out")
+        for part, path in config["paths"].items():
+            check_part(folder, part, path, config["parts"][part], verify)
+        experts = {name: getattr(sizes["llm"], name) for name in EXPERTS}
+        real = read_parts(config["paths"], dtype_on(device), experts, sizes["audio"] is not None and sizes["audio"].padded)
+        for part, module in real.items():
+            if module.config != sizes[part]:
+                raise CheckpointError(f"{config['paths'][part]}: its config.json is not the one that {folder} was trained with")
+        model = AVSR(build(AVSRConfig, config["model"] | sizes), **real)
+        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        if wrong := [*unexpected, *(name for name in missing if stored(name, real))]:
+            raise CheckpointError(f"{folder}: damaged, or of another version: {wrong[0]} is missing or unknown")
+    except (CheckpointError, WeightsError):
+        raise
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged, or of another version: {str(error).splitlines()[0]}") from None
-    return model.eval(), config
+    return model.to(device).eval(), config
+
+
+def reading(audio, video):
+    """How clips are read for encoders of these configs (None: no such, or a stand-in): size of pictures, number of mel bands."""
+    return {"size": (video or VideoConfig()).picture, "n_mels": (audio or AudioConfig()).n_mels}
 
 
 # --- transcribe a clip -----------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
-def load(ckpt):
-    """Folder of a checkpoint -> (model, its config.json, tokenizer)."""
-    model, config = load_model(ckpt)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, config, data.load_tokenizer(ckpt)
+def load(ckpt, verify=False, **paths):
+    """Folder of a checkpoint, and where its real parts (llm, audio, video) are now -> (model, its config.json, tokenizer)."""
+    model, config = load_model(ckpt, {part: path for part, path in paths.items() if path}, verify,
+                               torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, config, data.load_tokenizer(config["paths"].get("llm", ckpt))
 
 
 def choose_rates(clip, model, config, rate=None, task=None):
@@ -130,14 +186,14 @@ def choose_rates(clip, model, config, rate=None, task=None):
 
 
 @torch.no_grad()
-def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
+def transcribe(path, ckpt="out", rate=None, task=None, beam=1, **where):
     """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
-    before the first word), seconds, logprob (mean per output token).
+    before the first word), seconds, logprob (mean per output token). `where`: see `load`.
 
     Raises data.ClipError for a clip that cannot be read, ValueError for a bad rate or (CheckpointError) checkpoint."""
-    model, config, tokenizer = load(str(ckpt))
+    model, config, tokenizer = load(str(ckpt), **where)
     start = time.perf_counter()
-    clip = data.read_clip(path, VideoConfig().size if model.config.video is None else model.config.video.size)
+    clip = data.read_clip(path, **reading(model.config.audio, model.config.video))
     task, rates = choose_rates(clip, model, config, rate, task)
     encoded = model.encode(data.to(model.device, data.batch([clip], rates)))
     (ids, logprob), = model.generate(encoded, rates, beam)
@@ -149,7 +205,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1):
 
 # --- measure: the word error rate of many clips at every rate --------------------------------------------------------
 
-def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
+def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device, beam=1):
     """Corpus-level WER (jiwer, after data.normalize) of every task at every rate, clean and in babble -> metrics rows.
 
     Sound is encoded once for each noise and lips once, for all tasks and rates; lips hear no noise, so vsr is tested clean."""
@@ -157,7 +213,8 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     groups = [list(group) for _, group in groupby(clips, lambda clip: clip.streams)]
     snrs = snrs if any("audio" in TASKS[task] for task in tasks) else [None]
-    chunks = [group[i:i + TEST_BATCH] for group in groups for i in range(0, len(group), TEST_BATCH)]
+    size = max(1, TEST_BATCH // beam)
+    chunks = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
     model.eval()
 
     def test(chunk):
@@ -170,7 +227,7 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device):
             for task in tasks:
                 if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
                     for rates in task_rates(task, pairs):
-                        texts = [data.normalize(tokenizer.decode(ids)) for ids, _ in model.generate(encoded, rates)]
+                        texts = [data.normalize(tokenizer.decode(ids)) for ids, _ in model.generate(encoded, rates, beam)]
                         told[task, tuple(rates.items()), snr] = list(zip([clip.text for clip in chunk], texts))
         return told
 
@@ -213,17 +270,21 @@ def parse_args(argv):
     parser.add_argument("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
     parser.add_argument("--beam", type=int, default=1, help="beam width, 1 is greedy (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of the text")
+    for part, flag in FLAGS.items():
+        parser.add_argument(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the real parts with those of training")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    where = {"verify": args.verify} | {part: getattr(args, part) for part in PARTS}
     try:
         if args.beam < 1:
             raise ValueError(f"--beam must be 1 or more, not {args.beam}")
         if args.rate is not None and len(parse_rates(args.rate)) > 1:
             raise ValueError(f"--rate {args.rate!r}: a clip is read at one rate, like 4 or 4:2")
-        model, *_ = load(args.ckpt)
+        model, *_ = load(args.ckpt, **where)
         if args.task and not set(TASKS[args.task]) <= set(model.streams):
             raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {' and '.join(model.streams)} only")
         clips = args.clips or sorted(path for path in Path(args.ckpt, "samples").glob("*")
@@ -236,7 +297,7 @@ def main(argv=None):
     failed = 0
     for path in clips:
         try:
-            result = transcribe(path, args.ckpt, args.rate, args.task, args.beam)
+            result = transcribe(path, args.ckpt, args.rate, args.task, args.beam, **where)
         except (data.ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1

@@ -4,6 +4,7 @@ A file's tensors are a mapping of name -> tensor, read one at a time; `fill` put
 names, and a tensor that is missing, left over or of another shape is an error that names it. Nothing in a file is ever run.
 """
 import base64
+import hashlib
 import json
 import os
 import pickle
@@ -35,19 +36,47 @@ def write_whole(path, write):
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+def weight_files(path):
+    """A file of weights alone; of an HF folder, model.safetensors or the shards that model.safetensors.index.json lists."""
+    index, single = Path(path, "model.safetensors.index.json"), Path(path, "model.safetensors")
+    if Path(path).is_file():
+        return [Path(path)]
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [Path(path, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+    if not Path(path).exists():
+        raise WeightsError(f"{path}: no such file or folder")
+    raise WeightsError(f"{path}: no model.safetensors and no model.safetensors.index.json in it")
+
+
+def fingerprint(path, whole=False):
+    """Which weights these are: their bytes and a hash of their directories (the header of a safetensors file; the end of a
+    torch file, where checksums of its tensors stand), or with `whole` a hash of every byte."""
+    digest, size = hashlib.sha256(), 0
+    for file in weight_files(path):
+        try:
+            with open(file, "rb") as f:
+                size += file.stat().st_size
+                if whole:
+                    for block in iter(lambda: f.read(1 << 24), b""):
+                        digest.update(block)
+                elif file.suffix == ".safetensors":
+                    digest.update(f.read(int.from_bytes(f.read(8), "little")))
+                else:
+                    f.seek(max(0, file.stat().st_size - (1 << 16)))
+                    digest.update(f.read())
+        except (OSError, OverflowError) as error:
+            raise WeightsError(f"{file}: not readable: {error}") from None
+    return {"bytes": size, "whole" if whole else "header": digest.hexdigest()}
+
+
 class Shards(Mapping):
-    """The tensors of an HF folder, in model.safetensors or in the shards that model.safetensors.index.json lists."""
+    """The tensors of an HF folder."""
 
     def __init__(self, folder):
-        index, single = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            files = [Path(folder, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
-        else:
-            raise WeightsError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")
         self.where = {}
-        for path in files:
+        for path in weight_files(folder):
             try:
                 file = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
@@ -166,6 +195,15 @@ def llama_config(folder):
 def llama_name(name):
     """Our name of a Llama's tensor -> HF's."""
     return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def llama_ids(folder):
+    """-> the token ids (bos, eos) of an HF Llama; of several ends, the first."""
+    c = read_config(folder, "llama")
+    bos, eos = (ids[0] if isinstance(ids, list) else ids for ids in (c.get("bos_token_id"), c.get("eos_token_id")))
+    if not isinstance(bos, int) or not isinstance(eos, int):
+        raise WeightsError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r} in config.json, expected two ids")
+    return bos, eos
 
 
 LLAMA_DROPPED = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # a tied head may be stored twice

@@ -11,6 +11,7 @@ from conftest import ROOT, SHARED, TRAINED
 from safetensors.torch import load_file
 
 import data
+import pretrain
 import sample
 import train
 
@@ -81,7 +82,7 @@ def test_readme_commands_parse():
 
 def test_frame_units():
     clip = data.Clip("", "", aligned=(("rest", 0.09), ("B", 0.19), ("IY", 0.4)))
-    assert train.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert pretrain.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
 def test_what_training_writes(trained):
