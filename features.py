@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.nn.utils.rnn import pad_sequence
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
@@ -106,7 +106,8 @@ class Features:
                 progress.update(n)
 
     def batch(self, clips, streams, rng):
-        """-> {stream: (tokens (B, T, D), lengths (B,))}, as AVSR.encode returns it: of each clip one of its versions."""
+        """-> {stream: (tokens (B, T, D), lengths (B,))}, as AVSR.encode returns it: of each clip one of its versions. In
+        numpy, because torch's threads for this thread would be in the way of those that train."""
         versions, encoded = [rng.randrange(self.copies + 1) for _ in clips], {}
         for stream in streams:
             paths = [self.path(clip, copy, stream) for clip, copy in zip(clips, versions)]
@@ -114,5 +115,7 @@ class Features:
                 rows = [load_file(path)["x"] for path in paths]
             except (OSError, SafetensorError) as error:
                 raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None
-            encoded[stream] = pad_sequence(rows, True), torch.tensor([len(row) for row in rows])
+            longest = max(map(len, rows))
+            tokens = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows])
+            encoded[stream] = torch.from_numpy(tokens), torch.tensor([len(row) for row in rows])
         return data.to(self.model.device, encoded)

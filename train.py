@@ -65,7 +65,7 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
     data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 650 with the synthetic talker, 2000 with --data, 1000 with --llm")
+    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 650 with the synthetic talker, 2000 with --data, 700 with --llm")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -179,7 +179,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
         model.train()
 
     steps = config.steps or math.ceil(config.epochs * len(clips["train"]) / batch_size) or (
-        1000 if config.llm else 2000 if config.data else 650)
+        700 if config.llm else 2000 if config.data else 650)
     fit("stage 3, MoME", trained, make_batch, model.loss, steps, config.lr, config.weight_decay, config.valid_every, check)
     return curve
 
