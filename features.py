@@ -25,7 +25,7 @@ import data
 from encoders import SAMPLE_RATE
 from weights import write_whole
 
-BATCH = 16  # clips encoded together
+BATCH_SECONDS = 48  # of clips encoded together
 
 
 def distort(wave, pace, voices, rng):
@@ -48,16 +48,15 @@ def distort(wave, pace, voices, rng):
     return np.clip(wave * 10 ** (rng.uniform(-15, 6) / 20), -1, 1).astype(np.float32)
 
 
-def augmented(clip, voices, rng):
-    """The clip with its sound distorted, and its pictures at the same pace, shifted by up to 4 pixels, half of them mirrored."""
+def augmented(clip, stream, voices, rng):
+    """The clip with that stream augmented: its sound distorted, or its pictures shifted by up to 4 pixels and half of the time
+    mirrored. An equal `rng` gives both the same pace."""
     pace = min(rng.uniform(0.8, 1.25), data.MAX_SECONDS / clip.duration)
-    wave, frames = clip.wave, clip.frames
-    if wave is not None:
-        wave = distort(wave, pace, voices, rng)
-    if frames is not None:
-        frames = np.roll(data.at_pace(torch.from_numpy(frames), pace).numpy(), (rng.randint(-4, 4), rng.randint(-4, 4)), (1, 2))
-        frames = frames[:, :, ::-1].copy() if rng.random() < .5 else frames
-    return data.with_mel(replace(clip, wave=wave, frames=frames))
+    if stream == "audio":
+        return data.with_mel(replace(clip, wave=distort(clip.wave, pace, voices, rng)))
+    frames = data.at_pace(torch.from_numpy(clip.frames), pace).numpy()
+    frames = np.roll(frames, (rng.randint(-4, 4), rng.randint(-4, 4)), (1, 2))
+    return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
 
 
 def digest(key):
@@ -73,8 +72,9 @@ class Features:
     def __init__(self, folder, model, identity, clips, copies, seed):
         self.folder, self.model, self.identity, self.copies, self.seed = Path(folder), model, identity, copies, seed
         self.voices = [clip.wave for clip in clips if clip.wave is not None]
-        self.code = digest([Path(__file__).with_name(name).read_text("utf-8") for name in ("features.py", "encoders.py")])
-        self.mixture = digest([seed, sorted(clip.name for clip in clips)])  # of augmented copies: their babble is these clips'
+        modules = ("features", "encoders", "data", "weights")
+        self.code = digest([Path(__file__).with_name(f"{name}.py").read_text("utf-8") for name in modules])
+        self.mixture = digest([seed, sorted(os.path.abspath(clip.name) for clip in clips)])  # babble is made of these clips
         self.fill(clips)
 
     def path(self, clip, copy, stream):
@@ -85,16 +85,20 @@ class Features:
 
     def fill(self, clips):
         """Encode what is not there yet, clips of like length together."""
-        batches = []
+        batches = []  # of jobs (clip, copy, stream)
         for stream in self.identity:
             jobs = [(clip, copy, stream) for clip in sorted(clips, key=lambda clip: clip.duration) if stream in clip.streams
                     for copy in range(self.copies + 1) if not self.path(clip, copy, stream).is_file()]
-            batches += [jobs[i:i + BATCH] for i in range(0, len(jobs), BATCH)]
+            while jobs:
+                size = max(1, int(BATCH_SECONDS / jobs[-1][0].duration))  # the longest first: too little memory shows at once
+                batches.append(jobs[-size:])
+                del jobs[-size:]
 
         def encode(jobs):
-            versions = [augmented(clip, self.voices, random.Random(f"{self.seed} {Path(clip.name).name} {copy}"))
+            stream = jobs[0][2]
+            versions = [augmented(clip, stream, self.voices, random.Random(f"{self.seed} {os.path.abspath(clip.name)} {copy}"))
                         if copy else clip for clip, copy, _ in jobs]
-            (tokens, lengths), = self.model.encode(data.to(self.model.device, data.batch(versions, jobs[0][2:]))).values()
+            (tokens, lengths), = self.model.encode(data.to(self.model.device, data.batch(versions, [stream]))).values()
             for job, x, length in zip(jobs, tokens.half().cpu(), lengths.tolist()):
                 path = self.path(*job)
                 path.parent.mkdir(parents=True, exist_ok=True)

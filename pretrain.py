@@ -54,12 +54,13 @@ def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01, eve
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.3f}")
-            if every and (step + 1) % every == 0:
-                check(step + 1, torch.stack(losses).mean().item())
-                losses.clear()
+            if every:
+                losses.append(loss.detach())
+                if (step + 1) % every == 0:
+                    check(step + 1, torch.stack(losses).mean().item())
+                    losses.clear()
 
 
 def draws(clips, size, rng):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
-from weights import WeightsError, fingerprint, write_whole
+from weights import WeightsError, fingerprint, write_json, write_whole
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
@@ -52,6 +52,11 @@ def parse_rates(text):
     if min(map(min, pairs)) < 1:
         raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 or more")
     return list(dict.fromkeys(pairs))
+
+
+def task_streams(tasks):
+    """The streams that these tasks read."""
+    return {stream for task in tasks for stream in TASKS[task]}
 
 
 def task_rates(task, pairs):
@@ -91,15 +96,17 @@ def stored(name, parts):
     return ".mome." in name or (inside if owner == "encoders" else owner) not in parts
 
 
-def save_model(model, folder, paths, **more):
-    """Write model.safetensors: what was trained and the stand-ins; and config.json: the model's config, where the real parts
-    are and what tells them from others, and `more` (rates, tasks)."""
-    state = {name: t for name, t in model.state_dict().items() if stored(name, paths)}
+def identify(paths):
+    """{part: path} of real parts -> {part: where it is and what tells it from others}, as a checkpoint keeps it."""
+    return {part: {"path": os.path.abspath(path)} | fingerprint(path) | fingerprint(path, whole=True) for part, path in paths.items()}
+
+
+def save_model(model, folder, parts, **more):
+    """Write model.safetensors: what was trained and the stand-ins; and config.json: the model's config, the real `parts`
+    (see `identify`) and `more` (rates, tasks)."""
+    state = {name: t for name, t in model.state_dict().items() if stored(name, parts)}
     write_whole(Path(folder) / "model.safetensors", lambda path: save_file(state, path))
-    parts = {part: {"path": os.path.abspath(path)} | fingerprint(path) | fingerprint(path, whole=True)
-             for part, path in paths.items()}
-    text = json.dumps({"model": asdict(model.config), "parts": parts, **more}, indent=2) + "\n"
-    write_whole(Path(folder) / "config.json", lambda path: path.write_text(text, "utf-8"))
+    write_json(Path(folder) / "config.json", {"model": asdict(model.config), "parts": parts, **more})
 
 
 class CheckpointError(ValueError):
@@ -212,7 +219,8 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device, beam=1):
     voices = [clip for clip in clips if clip.wave is not None]
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     groups = [list(group) for _, group in groupby(clips, lambda clip: clip.streams)]
-    snrs = snrs if any("audio" in TASKS[task] for task in tasks) else [None]
+    wanted = task_streams(tasks)
+    snrs = snrs if "audio" in wanted else [None]
     size = max(1, TEST_BATCH // beam)
     chunks = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
     model.eval()
@@ -222,7 +230,7 @@ def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device, beam=1):
         streams, encoded, told = chunk[0].streams, {}, {}
         for snr in snrs:
             noisy = [data.in_babble(clip, snr, voices) for clip in chunk]
-            heard = [s for s in streams if s in model.streams and (s == "audio" or s not in encoded)]
+            heard = [s for s in streams if s in wanted and (s == "audio" or s not in encoded)]
             encoded |= model.encode(data.to(device, data.batch(noisy, heard)))
             for task in tasks:
                 if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
@@ -272,7 +280,7 @@ def parse_args(argv):
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of the text")
     for part, flag in FLAGS.items():
         parser.add_argument(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
-    parser.add_argument("--verify", action="store_true", help="compare every byte of the real parts with those of training")
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the real parts' weights with those of training")
     return parser.parse_args(argv)
 
 

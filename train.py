@@ -14,7 +14,6 @@ Stages 1 and 2, and what real encoders make of the training clips (features.py),
 by what they were made of. Nothing of the test part, neither sentence nor talker, is met by any stage.
 """
 import argparse
-import json
 import math
 import random
 import shutil
@@ -36,9 +35,10 @@ from encoders import AudioConfig, VideoConfig
 from features import Features
 from mome import AVSR, PLACES, AVSRConfig, LlamaConfig
 from pretrain import draws, fit, pretrain
-from sample import EXPERTS, FLAGS, TASKS, CheckpointError, dtype_on, evaluate, load_model, parse_rates, parse_snrs, read_parts, reading, run_script, save_model, table, task_rates
+from sample import (EXPERTS, FLAGS, TASKS, CheckpointError, dtype_on, evaluate, identify, load_model, parse_rates, parse_snrs,
+                    read_parts, reading, run_script, save_model, table, task_rates, task_streams)
 from talker import grid_sentences
-from weights import WeightsError, write_whole
+from weights import WeightsError, write_json
 
 CORES = torch.get_num_threads()
 HALF_OF_THE_CORES = max(1, CORES // 2)
@@ -99,7 +99,7 @@ class TrainConfig:
 
 def real_paths(config):
     """{part: path} of the real frozen parts, those of the streams that the tasks use; "" for a stand-in."""
-    streams = {stream for task in config.tasks.split(",") for stream in TASKS[task]}
+    streams = task_streams(config.tasks.split(","))
     paths = {"llm": config.llm, "audio": config.audio_encoder, "video": config.video_encoder}
     return {part: path for part, path in paths.items() if part == "llm" or part in streams}
 
@@ -133,6 +133,10 @@ def parse_args(argv):
         LlamaConfig(1, **{name: getattr(config, name) for name in EXPERTS})
         if (config.audio_encoder or config.video_encoder) and not (config.data or config.dry_run):
             raise ValueError("--audio-encoder and --video-encoder are for real clips: name their folder by --data")
+        if config.video_encoder and "video" not in real_paths(config) or config.audio_encoder and "audio" not in real_paths(config):
+            raise ValueError(f"--tasks {config.tasks} do not use both encoders: leave out the flag of the one that is not used")
+        if config.pad_audio and not config.audio_encoder and not config.preset:
+            raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
         if config.preset and not config.dry_run and not all(real_paths(config).values()):
             raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -211,26 +215,30 @@ def load_clips(config, tasks, how):
     parts = {"test": config.test_clips} if config.eval_only else {"train": config.clips, "test": config.test_clips}
     clips = data.folder_clips(config.data, **how) if config.data else {
         part: data.talker_clips(part, count, config.seed) for part, count in parts.items()}
-    for part, task in product(parts, tasks):
+    if config.valid_every and "train" in clips:
+        order = sorted(clips["train"], key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
+        clips["valid"] = order[:min(VALID_CLIPS, len(order) // 10)]
+        held, n = {clip.text for clip in clips["valid"]}, len(order)
+        clips["train"] = [clip for clip in clips["train"] if clip.text not in held]
+        print(f"held out of {n} training clips: {len(clips['valid'])} for --valid-every, and "
+              f"{n - len(clips['train']) - len(clips['valid'])} more that say the same")
+    for part, task in product([*parts, *clips.keys() - {"train", "test"}], tasks):
         if not any(set(TASKS[task]) <= set(clip.streams) for clip in clips[part]):
             raise data.ClipError(f"{config.data}: no {part} clip has {' and '.join(TASKS[task])}, which {task} needs; "
                                  "choose other --tasks")
     heard, babble = [clip for clip in clips["test"] if "audio" in clip.streams], parse_snrs(config.snr) != [None]
     if len(heard) == 1 and babble and any("audio" in TASKS[task] for task in tasks):
         raise data.ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
-    if config.valid_every and "train" in clips:
-        order = sorted(clips["train"], key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
-        clips["valid"] = order[:min(VALID_CLIPS, len(order) // 10)]
-        held = {clip.text for clip in clips["valid"]}
-        clips["train"] = [clip for clip in clips["train"] if clip.text not in held]
     return clips
 
 
-def train_all(config, clips, tasks, parts, device, watch):
-    """The three stages, without those whose parts are given -> (model, the words of its tokenizer, the learning curve)."""
+def train_all(config, clips, tasks, parts, known, device, watch):
+    """The three stages, without those whose parts are given -> (model, the words of its tokenizer, the learning curve).
+    `known` identifies the given parts."""
     real, seed, cache = bool(config.data), config.seed, Path(config.cache or Path(config.out) / "cache")
     texts = [clip.text for clip in clips["train"]] if real else grid_sentences("train")
-    tested = {clip.text for part in clips if part != "train" for clip in clips[part]} | (set() if real else set(grid_sentences("test")))
+    tested = {clip.text for part in clips if part != "train" for clip in clips[part]}
+    tested |= set() if real else set(grid_sentences("test"))
     words = sorted(data.common_words(texts))
     if "llm" in parts:
         tokenizer, (bos, eos) = data.load_tokenizer(config.llm), weights.llama_ids(config.llm)
@@ -239,7 +247,7 @@ def train_all(config, clips, tasks, parts, device, watch):
         tokenizer = data.make_tokenizer(words)
         bos, eos, *prompt = (tokenizer.encode_single_token(name) for name in data.SPECIAL_TOKENS)
         llm = LlamaConfig(tokenizer.n_vocab, **{name: getattr(config, name) for name in EXPERTS})
-    streams = {stream for task in tasks for stream in TASKS[task]}
+    streams = task_streams(tasks)
     sizes = {stream: (parts[stream].config if stream in parts else stand_in()) if stream in streams else None
              for stream, stand_in in (("audio", AudioConfig), ("video", VideoConfig))}
     torch.manual_seed(seed)
@@ -247,8 +255,8 @@ def train_all(config, clips, tasks, parts, device, watch):
                             max_tokens=max(32, *(2 * len(tokenizer.encode(f" {clip.text}")) for clip in clips["train"]))), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache, watch)
     features = None
-    if encoders := {stream: path for stream, path in real_paths(config).items() if path and stream != "llm"}:
-        identity = {s: [weights.fingerprint(path), str(dtype_on(device)), config.pad_audio] for s, path in encoders.items()}
+    if real_encoders := [stream for stream in parts if stream != "llm"]:
+        identity = {s: [known[s]["whole"], asdict(parts[s].config), str(dtype_on(device))] for s in real_encoders}
         features = Features(cache / "features", model, identity, clips["train"], config.copies, seed)
         watch.lap("encoding clips")
     if features and set(features.identity) == streams:
@@ -276,28 +284,32 @@ def run(config):
     paths = {part: path for part, path in real_paths(config).items() if path}
     if config.eval_only:
         model, saved = load_model(out, paths, device=device)
-        audio, video = model.config.audio, model.config.video
+        paths, audio, video = saved["paths"], model.config.audio, model.config.video
+        if not config.data and {"audio", "video"} & set(paths):
+            raise CheckpointError(f"{out}: its encoders are for real clips: name their folder by --data")
         config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS})
         for task in tasks:
             if not set(TASKS[task]) <= set(model.streams):
                 raise data.ClipError(f"{out}: this model reads {' and '.join(model.streams)} only, not what {task} needs")
     else:
         parts = read_parts(paths, dtype_on(device), {name: getattr(config, name) for name in EXPERTS}, config.pad_audio)
+        known = identify(paths)
         audio, video = (parts[stream].config if stream in parts else None for stream in ("audio", "video"))
     out.mkdir(parents=True, exist_ok=True)
-    clips, curve = load_clips(config, tasks, reading(audio, video)), []
+    clips = load_clips(config, tasks, reading(audio, video))
     watch.lap("clips")
     if not config.eval_only:
-        model, words, curve = train_all(config, clips, tasks, parts, device, watch)
-        save_model(model, out, paths, rates=pairs, tasks=tasks)
+        model, words, curve = train_all(config, clips, tasks, parts, known, device, watch)
+        save_model(model, out, known, rates=pairs, tasks=tasks)
+        if curve:
+            write_json(out / "curve.json", curve)
         if "llm" not in paths:
             data.save_tokenizer(words, out)
         write_samples(config, clips["test"], out / "samples")
-    tokenizer = data.load_tokenizer(saved["paths"].get("llm", out) if config.eval_only else paths.get("llm", out))
+    tokenizer = data.load_tokenizer(paths.get("llm", out))
     rows = evaluate(model, clips["test"], tasks, pairs, parse_snrs(config.snr), tokenizer, device, config.beam)
     watch.lap("test")
-    text = json.dumps({"rows": rows, "curve": curve, "seconds": watch, "config": asdict(config)}, indent=2) + "\n"
-    write_whole(out / "metrics.json", lambda path: path.write_text(text, "utf-8"))
+    write_json(out / "metrics.json", {"rows": rows, "seconds": watch, "config": asdict(config)})
     print(table(rows))
     print("; ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
 

@@ -34,6 +34,10 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 def weight_files(path):
@@ -292,16 +296,21 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the first two ids a
 
 class BPE(tiktoken.Encoding):
     """A tiktoken Encoding whose `encode` takes all text as text, special tokens too, and drops bytes that the vocabulary
-    lacks, as HF's tokenizers do: tiktoken wants all 256, so they get ids past its end."""
+    lacks, as HF's tokenizers do: tiktoken wants all 256, so they get ids past its end. `decode` passes over ids that no
+    token has: a model's table may be larger than its tokenizer."""
 
     def __init__(self, name, words, ranks, special):
-        self.size = max([*ranks.values(), *special.values()]) + 1
+        self.known = {*ranks.values(), *special.values()}
+        self.size = max(self.known) + 1
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         super().__init__(name, pat_str=words, special_tokens=special,
                          mergeable_ranks=ranks | {byte: self.size + i for i, byte in enumerate(lacking)})
 
     def encode(self, text):
         return [i for i in super().encode(text, disallowed_special=()) if i < self.size]
+
+    def decode(self, ids):
+        return super().decode([i for i in ids if i in self.known])
 
 
 def letters_of_bytes():

@@ -1,11 +1,12 @@
 """What a model costs before there is one: parameters, tokens, FLOPs and memory at every rate, from tensors without contents.
 
     python train.py --preset paper --dry-run                  the paper's largest: Llama 3.2 3B, Whisper medium, AV-HuBERT Large
-    python train.py --llm DIR --audio-encoder DIR --dry-run   any other; files are asked for their sizes only
+    python train.py --llm DIR --audio-encoder DIR --dry-run   any other
 
 FLOPs are torch's own count of the products (two for each multiply-and-add) in one forward pass: the encoders, the LLM over
-the prefix and one step for every output token, greedy. Memory is what weights, the cache of keys and values, and the
-tensors that a training step keeps for its backward pass take up.
+the prefix and one step for every output token, greedy; all experts are computed (`wide`), which is little more than those
+chosen. Memory is that of the weights, of the cache of keys and values, and of the tensors that a training step keeps for
+its backward pass, for one clip at one of the rates.
 """
 import math
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import weights
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, KVCache, LlamaConfig, MoME
-from sample import EXPERTS, TASKS, parse_rates, task_rates
+from sample import EXPERTS, TASKS, parse_rates, task_rates, task_streams
 
 LLAMA_3B = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, head_dim=128, rope_theta=500_000.0)
 WHISPER_MEDIUM = AudioConfig(80, 1024, 24, 16, pos_kernel=0)
@@ -35,7 +36,7 @@ def sizes(config):
         known["audio"] = AudioConfig(**weights.whisper_config(config.audio_encoder))
     if config.video_encoder:
         known["video"] = VideoConfig(**weights.avhubert_config(config.video_encoder, weights.avhubert_tensors(config.video_encoder)))
-    streams = {stream for task in config.tasks.split(",") for stream in TASKS[task]}
+    streams = task_streams(config.tasks.split(","))
     llm = replace(known["llm"], **{name: getattr(config, name) for name in EXPERTS})
     return AVSRConfig(llm, replace(known["audio"], padded=config.pad_audio) if "audio" in streams else None,
                       known["video"] if "video" in streams else None, projector_dim=config.projector_dim or max(256, llm.dim))
@@ -116,6 +117,8 @@ def report(config):
     """Print what the model of a TrainConfig would cost; returns the figures."""
     with torch.device("meta"):
         model = AVSR(sizes(config))
+    for mome in (m for m in model.modules() if isinstance(m, MoME)):
+        mome.path = "wide"  # the other paths' products are not in torch's count
     model.encoders.bfloat16()
     for p in model.llm.parameters():
         if not p.requires_grad:
@@ -131,14 +134,14 @@ def report(config):
     rows, streams = [], task_rates(task, [(1, 1)]) + task_rates(task, pairs)
     for seconds, some in ((10, streams), (23, [streams[0], streams[-1]])):  # the paper's figure of 8 is for 23 s
         print(f"\n{task}, a clip of {seconds} s, {math.ceil(WORDS_PER_SECOND * seconds)} tokens of output\n{'rates':>9} {'tokens':>7} {'TFLOPs':>8} {'of them LLM':>12} "
-              f"{'span':>6} {'LLM alone':>10} {'cache at beam ' + str(config.beam):>18} {'kept by a training step':>24}")
+              f"{'span':>6} {'LLM alone':>10} {'cache at beam ' + str(config.beam):>18} {'training, per clip':>19}")
         for rates in some:
             row = {"seconds": seconds, "rates": rates} | costs(model, seconds, rates, config.beam, n_prompt)
             row["flops"] = row["encoder_flops"] + row["llm_flops"]
             rows.append(row)
             whole, llm = ([r for r in rows if r["seconds"] == seconds][0][key] / row[key] for key in ("flops", "llm_flops"))
             print(f"{':'.join(map(str, rates.values())):>9} {row['tokens']:7} {row['flops'] / 1e12:8.3g} {row['llm_flops'] / 1e12:12.3g} {whole:5.1f}x "
-                  f"{llm:9.1f}x {row['cache_bytes'] / 2**20:14.3g} MiB {row['step_bytes'] / 2**30:20.3g} GiB")
+                  f"{llm:9.1f}x {row['cache_bytes'] / 2**20:14.0f} MiB {row['step_bytes'] / 2**30:15.3g} GiB")
     if config.preset:
         print("\nthe paper, on 23 s of speech: 8x fewer TFLOPs at (16, 5) than without compression")
     return count, rows

@@ -1,0 +1,293 @@
+"""python -m pytest tests/test_parts.py: real frozen parts in train.py and sample.py, the cache of their outputs, what they cost."""
+import json
+import math
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import features
+import sample
+import train
+import weights
+from encoders import AudioConfig, AudioEncoder, log_mel
+from extras import cost
+from mome import AVSR, AVSRConfig, Llama, LlamaConfig
+
+transformers = pytest.importorskip("transformers")
+from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe  # noqa: E402
+
+
+def random_whisper(folder, n_mels):
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=128, decoder_layers=1,
+                                        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=n_mels, vocab_size=99,
+                                        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny Llama with a tokenizer, a tiny Whisper of 128 mels, an AV-HuBERT of two layers, and a folder of clips."""
+    root = tmp_path_factory.mktemp("parts")
+    for name in ("llm", "whisper", "clips"):
+        (root / name).mkdir()
+    random_llama(root / "llm", vocab_size=700, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
+    train_bpe(root / "llm", PRE_TOKENIZERS["SmolLM2"])
+    random_whisper(root / "whisper", 128)
+    torch.save({"model": avhubert_state()}, root / "avhubert.pt")
+    data.write_talker_clips(root / "clips" / "train", 4, "train", 0, size=48)
+    data.write_talker_clips(root / "clips" / "test", 2, "test", 0, size=48)
+    return root
+
+
+def flags(parts):
+    return ["--llm", str(parts / "llm"), "--audio-encoder", str(parts / "whisper"), "--video-encoder", str(parts / "avhubert.pt"),
+            *f"--data {parts}/clips --rates 2:2,4:8 --steps 2 --batch-size 2 --copies 1 --snr clean,-5".split()]
+
+
+@pytest.fixture(scope="module")
+def real(parts):
+    """A checkpoint on these parts, made by the whole of train.py."""
+    assert train.main([*flags(parts), "--out", str(parts / "out")]) == 0
+    return parts / "out"
+
+
+# --- checkpoints ---
+
+def test_a_checkpoint_names_the_real_parts_and_holds_what_was_trained(parts, real):
+    names = set(load_file(real / "model.safetensors"))
+    assert {name.split(".")[0] for name in names if ".mome." not in name} == {"projectors", "markers"}
+    assert any(name.endswith("mome.up") for name in names)
+    named = json.loads((real / "config.json").read_text())["parts"]
+    assert {part: entry["path"] for part, entry in named.items()} == {
+        "llm": str(parts / "llm"), "audio": str(parts / "whisper"), "video": str(parts / "avhubert.pt")}
+    assert named["video"]["bytes"] == (parts / "avhubert.pt").stat().st_size
+    assert not (real / "tokenizer.json").exists()
+
+
+def run(capsys, *argv):
+    sample.load.cache_clear()
+    code = sample.main([str(a) for a in argv])
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    return code, told.out.splitlines(), told.err.splitlines()
+
+
+def test_sample_reads_it_with_the_real_tokenizer_and_mel_bands(parts, real, capsys):
+    code, lines, err = run(capsys, "--ckpt", real, "--json", "--verify")
+    assert code == 0 and len(lines) == 2 and not err
+    model, config, tokenizer = sample.load(str(real))
+    assert model.config.audio.n_mels == 128 and model.config.video.picture == 96
+    clips = [data.read_clip(json.loads(line)["clip"], 96, "bin blue", 128) for line in lines]
+    ids = [model.generate(model.encode(data.batch([clip], ["audio", "video"])), {"audio": 2, "video": 2})[0][0] for clip in clips]
+    assert all(ids) and [json.loads(line)["text"] for line in lines] == [data.normalize(tokenizer.decode(i)) for i in ids]
+
+
+def test_eval_only_finds_the_parts_again(parts, real, tmp_path):
+    shutil.copytree(real, tmp_path / "out", ignore=shutil.ignore_patterns("cache"))
+    assert train.main(["--eval-only", "--data", str(parts / "clips"), "--rates", "2:2,4:8", "--snr", "clean,-5", "--out", str(tmp_path / "out")]) == 0
+    rows = [json.loads((out / "metrics.json").read_text())["rows"] for out in (real, tmp_path / "out")]
+    assert rows[0] == rows[1]
+
+
+def test_moved_changed_and_unknown_parts(parts, real, tmp_path, capsys):
+    out, away = tmp_path / "out", tmp_path / "away"
+    shutil.copytree(real, out, ignore=shutil.ignore_patterns("cache"))
+    config = json.loads((out / "config.json").read_text())
+    config["parts"]["llm"]["path"] = str(away)
+    (out / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "--ckpt", out)
+    assert code == 2 and len(err) == 1 and str(away) in err[0] and "--llm PATH" in err[0]
+    shutil.copytree(parts / "llm", away)
+    assert run(capsys, "--ckpt", out)[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    away.rename(elsewhere)
+    assert run(capsys, "--ckpt", out, "--llm", elsewhere)[0] == 0
+
+    tensors = load_file(elsewhere / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(capsys, "--ckpt", out, "--llm", elsewhere, "--verify")
+    assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "whole is" in err[0]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
+    save_file(tensors, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(capsys, "--ckpt", out, "--llm", elsewhere)
+    assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "header is" in err[0]
+
+
+def test_a_stand_in_is_not_replaced(trained, parts, capsys):
+    code, _, err = run(capsys, "--ckpt", trained, "--llm", parts / "llm")
+    assert code == 2 and len(err) == 1 and "holds its own stand-in" in err[0]
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--llm", "nowhere", "--data", "x"], "nowhere"), (["--audio-encoder", "nowhere", "--data", "x"], "nowhere"),
+    (["--video-encoder", "nowhere", "--data", "x"], "nowhere")])
+def test_wrong_parts_are_one_line(argv, said, tmp_path, capsys):
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and said in err[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv, said", [(["--preset", "paper"], "--preset paper needs"), (["--audio-encoder", "x"], "--data")])
+def test_flags_that_need_others(argv, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    assert end.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_real_llm_reads_stand_in_encoders_and_the_curve_is_kept(parts, tmp_path, capsys):
+    argv = f"--llm {parts}/llm --tasks asr --rates 4 --clips 24 --test-clips 3 --audio-steps 1 --steps 4 --valid-every 2 --snr clean".split()
+    assert train.main([*argv, "--out", str(tmp_path)]) == 0
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [2, 4] and all(p["rows"][0]["split"] == "valid" and p["rows"][0]["clips"] >= 2 for p in curve)
+    assert any(name.startswith("encoders.audio.") for name in load_file(tmp_path / "model.safetensors"))
+
+
+# --- bf16, padding ---
+
+def test_experts_stay_fp32_beside_a_bf16_llama(parts):
+    llm = Llama.from_pretrained(parts / "llm", torch.bfloat16, n_routed=4, top_k=2, n_shared=1, bottleneck=3)
+    model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm)
+    encoded = model.encode({"audio": (torch.randn(2, 80, 40), torch.tensor([40, 31]))})
+    model.loss(encoded, [[5, 6], [7]], [{"audio": 2}, {"audio": 4}]).backward()
+    for name, p in model.named_parameters():
+        frozen = name.startswith(("llm.", "encoders.")) and ".mome." not in name
+        assert p.dtype == (torch.bfloat16 if frozen and name.startswith("llm.") else torch.float32) and (p.grad is None) == frozen, name
+    assert all(len(ids) <= 5 for ids, _ in model.generate(encoded, {"audio": 4}, max_tokens=5))
+
+
+@torch.no_grad()
+def test_padded_clips_are_what_whisper_was_trained_on(tmp_path):
+    theirs = random_whisper(tmp_path, 80)
+    ours = AudioEncoder.from_pretrained(tmp_path, padded=True)
+    waves = [torch.randn(16000).cumsum(0) / 400, torch.randn(24000) / 10]
+    for wave in waves:
+        wave[-400:] = 0  # else the last window, here a reflection of what came before, differs
+    mels = [log_mel(wave) for wave in waves]
+    batch = torch.nn.utils.rnn.pad_sequence([mel.T for mel in mels], True).mT
+    out = ours(batch, torch.tensor([100, 150]))
+    assert out.shape == (2, 75, 32)
+    padded = transformers.WhisperFeatureExtractor()([wave.numpy() for wave in waves], sampling_rate=16000, return_tensors="pt")
+    expected = theirs.model.encoder(padded["input_features"]).last_hidden_state
+    for row, reference, n in zip(out, expected, (50, 75)):
+        torch.testing.assert_close(row[:n], reference[:n], atol=1e-3, rtol=1e-3)
+
+
+# --- what is kept of the clips ---
+
+@pytest.fixture
+def kept(parts, tmp_path):
+    """-> make(**more): a Features of two real clips and the tiny Whisper in a new folder, and the clips."""
+    clips = [data.read_clip(path, 32, data.transcript(path), 128) for path in sorted((parts / "clips/train").glob("*.mp4"))[:2]]
+    model = AVSR(AVSRConfig(LlamaConfig(30), AudioEncoder.from_pretrained(parts / "whisper").config, None),
+                 audio=AudioEncoder.from_pretrained(parts / "whisper"))
+
+    def make(identity="x", copies=2, seed=0):
+        return features.Features(tmp_path / "features", model, {"audio": identity}, clips, copies, seed)
+    return make, clips
+
+
+def test_kept_outputs_are_those_of_the_encoder(kept):
+    make, clips = kept
+    store = make()
+    alone = store.model.encode(data.batch(clips[:1], ["audio"]))["audio"][0][0]
+    x = load_file(store.path(clips[0], 0, "audio"))["x"]
+    torch.testing.assert_close(x.float(), alone, atol=5e-3, rtol=5e-3)
+    copies = [load_file(store.path(clips[0], n, "audio"))["x"] for n in (1, 2)]
+    assert not torch.equal(copies[0][:20], copies[1][:20]) and not torch.equal(copies[0][:20], x[:20])
+    tokens, lengths = store.batch(clips, ["audio"], random.Random(1))["audio"]
+    assert tokens.shape[:2] == (2, lengths.max()) and tokens[lengths.argmin(), lengths.min():].abs().sum() == 0
+
+
+def test_what_is_there_is_not_made_again(kept, monkeypatch):
+    make, clips = kept
+    make()
+    written = []
+    monkeypatch.setattr(features, "write_whole", lambda path, write: written.append(path) or weights.write_whole(path, write))
+    store = make()
+    assert not written
+    store.path(clips[0], 1, "audio").unlink()  # as after a kill
+    make()
+    assert written == [store.path(clips[0], 1, "audio")]
+    written.clear()
+    make(identity="another encoder")
+    assert len(written) == 6
+    written.clear()
+    make(seed=1)
+    assert len(written) == 4  # the augmented copies; the clips themselves are the same
+    written.clear()
+    os.utime(clips[0].name, (1, 1))
+    make()
+    assert len(written) == 3
+
+
+def test_a_damaged_file_is_one_line(kept):
+    make, clips = kept
+    store = make(copies=0)
+    store.path(clips[1], 0, "audio").write_bytes(b"")
+    with pytest.raises(data.ClipError, match="damaged, delete it"):
+        store.batch(clips, ["audio"], random.Random(0))
+
+
+def test_distortion_keeps_time_and_bounds():
+    rng, t = random.Random(0), np.arange(16000) / 16000
+    wave = (0.5 * np.sin(2 * np.pi * 1000 * t)).astype(np.float32)
+    levels = []
+    for _ in range(40):
+        pace = rng.uniform(0.8, 1.25)
+        out = features.distort(wave, pace, [wave[:8000][::-1].copy()], rng)
+        assert len(out) == round(16000 * pace) and out.dtype == np.float32 and np.abs(out).max() <= 1 and np.isfinite(out).all()
+        peak = np.abs(np.fft.rfft(out)).argmax() / len(out) * 16000
+        assert abs(peak - 1000 / pace) < 30  # slower is deeper
+        levels.append(np.sqrt(np.mean(out ** 2)))
+    assert max(levels) > 4 * min(levels)
+
+
+def test_pictures_and_sound_of_a_copy_keep_pace(talker_clips):
+    heard, seen = (features.augmented(talker_clips[0], s, [talker_clips[1].wave], random.Random(3)) for s in ("audio", "video"))
+    assert abs(len(seen.frames) / 25 - len(heard.wave) / 16000) < 0.05 and len(seen.frames) != len(talker_clips[0].frames)
+    assert heard.mel.shape == (80, len(heard.wave) // 160) and seen.frames.dtype == np.uint8
+
+
+# --- what a model costs ---
+
+def test_the_papers_count_of_active_parameters(capsys):
+    config = train.parse_args(["--preset", "paper", "--dry-run"])
+    assert (config.rates, config.n_routed, config.top_k, config.n_shared, config.bottleneck, config.lr, config.weight_decay,
+            config.epochs, config.beam) == ("4,16x2,5", 23, 4, 1, 12, 1e-3, 0.1, 10, 15)
+    with torch.device("meta"):
+        count = cost.parameters(AVSR(cost.sizes(config)))
+    assert count["active"] == 28 * (5 * (2 * 12 * 3072 + 12 + 3072) + 23 * 3072) and round(count["active"] / 1e6, 1) == 12.7
+    assert round(count["LLM"] / 1e9, 2) == 3.21 and round(count["encoders"] / 1e6) in range(620, 640)
+
+
+def test_other_flags_win_over_the_preset():
+    assert train.parse_args(["--rates", "2", "--preset", "paper", "--dry-run"]).rates == "2"
+
+
+def test_dry_run_tells_tokens_and_flops(parts, capsys):
+    assert train.main(["--dry-run", "--tasks", "asr", "--rates", "4,16", "--llm", str(parts / "llm"), "--beam", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "active" in told and [line.split()[:2] for line in told.splitlines() if line.split()[:1] in (["1"], ["4"], ["16"])] == [
+        ["1", "510"], ["4", "135"], ["16", "42"], ["1", "1160"], ["16", "82"]]
+
+
+def test_flops_are_twice_the_products():
+    with torch.device("meta"):
+        model = AVSR(AVSRConfig(LlamaConfig(64, 256, 2, 4, 4, 512), AudioConfig(), None))
+    llm = cost.costs(model, 10, {"audio": 4}, 1, 1)
+    layers = sum(p.numel() for p in model.llm.layers.parameters() if p.dim() == 2)
+    tokens = llm["tokens"] + math.ceil(10 * cost.WORDS_PER_SECOND)
+    attention = 2 * 2 * 2 * 256 * tokens ** 2
+    projector = 125 * sum(p.numel() for p in model.projectors.parameters() if p.dim() == 2)
+    assert llm["llm_flops"] == 2 * (layers * tokens + projector + 30 * 64 * 256) + attention
+    assert llm["cache_bytes"] == 2 * 2 * 4 * 64 * tokens * 4
