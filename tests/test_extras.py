@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from extras import bench
+from extras import bench, curve
 
 
 def test_rows_of_the_benchmark(capsys, tmp_path):
@@ -33,3 +33,15 @@ def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     assert bench.main(["--quick", "--pairs", "1", "--plot", str(tmp_path / "paths.png")]) == 0
     assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_curve(tmp_path, capsys):
+    rows = [{"task": "avsr", "audio_rate": 4, "video_rate": 2, "wer": 0.5}, {"task": "asr", "audio_rate": 4, "video_rate": None, "wer": 0.0}]
+    (tmp_path / "curve.json").write_text(json.dumps([{"step": step, "loss": 1.0, "rows": rows} for step in (10, 20)]))
+    assert curve.series(json.loads((tmp_path / "curve.json").read_text())) == {
+        "avsr, rate 4:2": ([10, 20], [50.0, 50.0]), "asr, rate 4": ([10, 20], [0.0, 0.0])}
+    assert curve.main([]) == 2 and curve.main([str(tmp_path / "curve.png"), str(tmp_path / "none.json")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    pytest.importorskip("matplotlib")
+    assert curve.main([str(tmp_path / "curve.png"), str(tmp_path / "curve.json")]) == 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
