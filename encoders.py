@@ -239,6 +239,7 @@ class VideoEncoder(nn.Module):
         lengths = torch.full((B,), T, device=video.device) if lengths is None else lengths
         mask = length_mask(lengths, T)
         edge = (video.shape[-1] - self.config.size) // 2
+        assert edge >= 0, f"pictures of {video.shape[-1]} pixels, at least {self.config.size}"
         video = video[..., edge:edge + self.config.size, edge:edge + self.config.size]
         x = (video - 0.421) / 0.165 * mask[:, None, :, None, None]           # AV-HuBERT's mean and deviation of pixels
         # The 3-d convolution of one channel, said as a 2-d one of five: each picture with its two neighbours on each side.

@@ -207,7 +207,7 @@ def overhead(bench):
 
 def decoding(bench):
     """Greedy decoding against transformers' generate with each of its caches: same weights, same tokens."""
-    sizes, prefix, new = (SMOLLM2 | {"n_layers": 3}, 32, 16) if bench.quick else (SMOLLM2, 128, 64)
+    sizes, prefix, new = (SMOLLM2 | {"n_layers": 3}, 32, 8) if bench.quick else (SMOLLM2, 128, 64)
     what = f"SmolLM2-135M's shapes{', 3 layers' if bench.quick else ''}, {new} tokens after {prefix}"
     llm = Llama(LlamaConfig(**sizes)).to(bench.device, bench.dtype)
     try:
