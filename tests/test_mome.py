@@ -384,7 +384,7 @@ def test_checkpoint_round_trip_and_same_bytes(tiny, tmp_path, talker_clips):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         data.save_tokenizer([], tmp_path / name)
-        save_model(tiny, tmp_path / name, rates=[[4, 2]])
+        save_model(tiny, tmp_path / name, {}, rates=[[4, 2]])
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     loaded, config = load_model(tmp_path / "a")
     assert config["rates"] == [[4, 2]] and loaded.config == tiny.config and isinstance(loaded, AVSR)
