@@ -40,7 +40,8 @@ def main(argv=None):
         for name, (steps, wers) in found.items():
             panel.semilogy(steps, [max(wer, .1) for wer in wers], style, label=f"{Path(path).parent}: {name}")
     panel.set_xlabel("steps of stage 3")
-    panel.set_ylabel("WER of held-out clips, % (0.1 or less: at the bottom)")
+    panel.set_ylabel("WER of held-out clips, %")
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(alpha=.3, which="both")
     panel.legend(fontsize=8)
     figure.tight_layout()
