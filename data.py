@@ -3,25 +3,23 @@
 A clip is sound, lips or both, with what is said. It comes from the synthetic talker (talker.py) or from a file:
 
     python data.py --out clips --count 8      mp4 clips of the synthetic talker with their transcripts
+    python data.py check DIR                  what a folder of clips holds and which of them cannot be used (folders.py)
     python data.py fsdd RECORDINGS OUT        digit strings cut from the Free Spoken Digit Dataset, real voices
 """
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
-import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import soundfile
 import tiktoken
@@ -29,14 +27,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import media
+import mouth
 import weights
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
+from media import MAX_SECONDS, MIN_FRAMES, ClipError, shown
 from talker import SPLITS, random_job, synthesize
 from weights import write_whole
-
-
-class ClipError(ValueError):
-    """A clip, folder or transcript that cannot be used; the message says which file, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -200,124 +197,51 @@ def load_tokenizer(folder):
 
 # --- real clips ------------------------------------------------------------------------------------------------------
 
-MAX_SECONDS = 30  # the reach of the audio encoder's positions
-SOUND, VIDEO = {".wav", ".flac", ".mp3"}, {".mp4", ".mpg", ".mov", ".avi", ".mkv", ".webm"}
+def read_pieces(path, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None):
+    """Yield (start in seconds, Clip) of the pieces of any media file, none longer than `longest` seconds, parted at pauses; None: the
+    whole file as one. Its mouths at (size, size), see mouth.py; a stream that it lacks, or that is silent, is None.
+
+    Raises ClipError. Where ffmpeg has read past some damage it is a ClipError for a whole, and a note for pieces."""
+    source, steps = media.probe(path, streams), round((longest or MAX_SECONDS + 1) * FPS)
+    wanted = ((i, i + steps) for i in count(0, steps))
+    if longest and source.sound:
+        level = media.levels(source)
+        source = replace(source, sound=bool(level.max(initial=-100) > -80))
+        wanted = media.spans(level, steps) if len(level) > steps and source.sound else wanted
+    n_frames = 0
+    with ExitStack() as stack:
+        wave = media.samples(stack.enter_context(media.sound(source))) if source.sound else None
+        frames = stack.enter_context(closing(mouth.mouths(source, size, box, cache))) if source.picture else None
+        for start, heard, seen in media.pieces(wave, frames, wanted):
+            heard = None if not longest and heard is not None and np.abs(heard).max() < 1e-4 else heard
+            n_frames = start + max(0 if seen is None else len(seen), 0 if heard is None else len(heard) // SAMPLES_PER_FRAME)
+            if heard is not None or seen is not None:
+                if n_frames < MIN_FRAMES:
+                    break
+                yield start / FPS, with_mel(Clip(str(path), text, heard, seen), n_mels=n_mels)
+    if n_frames < MIN_FRAMES:
+        raise ClipError(f"{shown(path)}: " + (f"{n_frames / FPS:.2f} s long, too short for a word" if n_frames else "its sound is silent"
+                                              if media.probe(path).sound else "no picture in it can be read"))
+    if source.complaints and not longest:
+        raise ClipError(f"{shown(path)}: damaged; ffmpeg says: {source.complaints[0]}")
+    if source.complaints:
+        media.note(f"{shown(path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
 
 
-def ffmpeg(path, *options, feed=None):
-    """Run ffmpeg on `path`, return what it writes to its standard output, None where `path` has no such stream."""
-    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", *options],
-                          input=feed or b"", capture_output=True)
-    if done.returncode and b"does not contain any stream" in done.stderr:
-        return None
-    if done.returncode:
-        said = re.sub(r"^\[.*?\] ", "", done.stderr.decode(errors="replace").strip()).splitlines() or ["nothing"]
-        raise ClipError(f"{path}: not readable as media; ffmpeg says: {said[0]}")
-    return done.stdout
-
-
-def read_clip(path, size=32, text="", n_mels=80):
-    """Any media file -> Clip: a centred square of its pictures at 25 fps by their time stamps, its sound at 16 kHz.
-
-    Sound is padded or cut to 640 samples per frame. A missing stream is None; raises ClipError where both are."""
-    path = Path(path)
-    if not path.is_file():
-        raise ClipError(f"{path}: " + ("not a file" if path.exists() else "no such file"))
-    frames = wave = None
-    if path.suffix.lower() not in SOUND:
-        square = f"fps={FPS},crop='min(iw,ih)':'min(iw,ih)',scale={size}:{size}:flags=area,format=gray"
-        pictures = ffmpeg(path, "-map", "0:V:0?", "-vf", square, "-f", "rawvideo", "pipe:1")
-        frames = np.frombuffer(pictures, np.uint8).reshape(-1, size, size).copy() if pictures else None
-    sound = ffmpeg(path, "-map", "0:a:0?", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", "f32le", "pipe:1")
-    if sound:
-        wave = np.frombuffer(sound, np.float32)
-        samples = SAMPLES_PER_FRAME * (math.ceil(len(wave) / SAMPLES_PER_FRAME) if frames is None else len(frames))
-        wave = np.pad(wave, (0, max(0, samples - len(wave))))[:samples]
-    if frames is None and wave is None:
-        raise ClipError(f"{path}: neither sound nor pictures in it")
-    clip = with_mel(Clip(str(path), text, wave, frames), n_mels=n_mels)
-    if clip.duration > MAX_SECONDS:
-        raise ClipError(f"{path}: {clip.duration:.1f} s long; cut it into pieces of at most {MAX_SECONDS} s")
+def read_clip(path, **how):
+    """A media file of at most 30 s -> Clip; `how` and errors: see `read_pieces`."""
+    (_, clip), *more = read_pieces(path, None, **how)
+    if more or clip.duration > MAX_SECONDS:
+        raise ClipError(f"{shown(path)}: longer than {MAX_SECONDS} s; cut it into pieces")
     return clip
 
-
-def transcript(path):
-    """What is said in the clip at `path`: the first line of its .txt (less LRS's `Text:`) or the words of its .align."""
-    txt, align = path.with_suffix(".txt"), path.with_suffix(".align")
-    if not txt.is_file() and not align.is_file():
-        raise ClipError(f"{path}: no transcript, expected {txt.name} or {align.name} beside it")
-    source = txt if txt.is_file() else align
-    try:
-        lines = source.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ClipError(f"{source}: not UTF-8 text; save it as UTF-8") from None
-    if source is align:  # GRID's lines are: start end word
-        words = [line.split()[2] for line in lines if len(line.split()) == 3]
-        text = " ".join(word for word in words if word not in ("sil", "sp"))
-    else:
-        text = lines[0].removeprefix("Text:") if lines else ""
-    if not normalize(text):
-        raise ClipError(f"{source}: no words in it, expected what is said in {path.name}")
-    return normalize(text)
-
-
-def folder_parts(folder, paths):
-    """{path: "train" | "test"}: by the folders train/ and test/ if both are there; else a fifth of the talkers (the folders
-    at the highest level with several) or, with a single folder, of the stems goes to the test part, by checksum."""
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        return {p: p.relative_to(folder).parts[0] for p in paths if p.relative_to(folder).parts[0] in ("train", "test")}
-    depth = next((n for n in range(1, 9) if len({p.parent.relative_to(folder).parts[:n] for p in paths}) > 1), 0)
-    key = (lambda p: "/".join(p.parent.relative_to(folder).parts[:depth])) if depth else (lambda p: p.stem)
-    keys = sorted({key(p) for p in paths}, key=lambda k: (zlib.crc32(k.encode()), k))
-    tested = set(keys[:max(1, len(keys) // 5)])
-    return {p: "test" if key(p) in tested else "train" for p in paths}
-
-
-def folder_clips(folder, size=32, n_mels=80):
-    """A folder of clips with transcripts -> {"train": [Clip], "test": [Clip]}, with no sentence in both.
-
-    Unusable clips are named on stderr and left out, and so are training clips whose sentence the test part has."""
-    folder = Path(folder)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUND | VIDEO and not p.name.startswith("."))
-    if not paths:
-        raise ClipError(f"{folder}: no such folder" if not folder.is_dir() else f"{folder}: no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them")
-    parts, clips = folder_parts(folder, paths), {"train": [], "test": []}
-
-    def read(path):
-        try:
-            return parts[path], read_clip(path, size, transcript(path), n_mels)
-        except ClipError as error:
-            return None, error
-
-    with ThreadPoolExecutor() as readers:
-        for part, clip in tqdm(readers.map(read, parts), "reading clips", len(parts), leave=False):
-            if part is None:
-                tqdm.write(f"left out: {clip}", file=sys.stderr)
-            else:
-                clips[part].append(clip)
-    tested = {clip.text for clip in clips["test"]}
-    fresh = [clip for clip in clips["train"] if clip.text not in tested]
-    if dropped := len(clips["train"]) - len(fresh):
-        print(f"left out: {dropped} training clips of {folder} whose sentence is in its test part", file=sys.stderr)
-    clips["train"] = fresh
-    for part, found in clips.items():
-        if not found:
-            raise ClipError(f"{folder}: no usable clip is left in its {part} part")
-    return clips
 
 # --- writing clips ---------------------------------------------------------------------------------------------------
 
 def write_clip(clip, path):
-    """Write a clip as mp4 (H.264 and AAC) with its transcript beside it, each whole or not at all."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        soundfile.write(f"{scratch}/sound.wav", clip.wave, SAMPLE_RATE)
-        height, width = clip.frames.shape[1:]
-        ffmpeg(f"{scratch}/sound.wav", "-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{width}x{height}", "-r", str(FPS),
-               "-i", "pipe:0", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "96k",
-               f"{scratch}/clip.mp4", feed=clip.frames.tobytes())
-        write_whole(path.with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n"))
-        Path(scratch, "clip.mp4").replace(path)
+    """Write a clip as mp4 with its transcript beside it, each whole or not at all."""
+    write_whole(Path(path).with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n"))
+    media.write_mp4(path, clip.frames, clip.wave)
 
 
 def write_talker_clips(out, count, part, seed, size=96):
@@ -339,9 +263,9 @@ def cut_digit_strings(recordings, out, talkers, seed):
 
     Strings of 3 to 6 digits of one talker, 40 to 160 ms apart; the test part has other takes and no string in common."""
     rng, tested = random.Random(seed), set()
-    for part, takes, count in (("test", range(0, 5), 200), ("train", range(5, 50), 800)):
+    for part, takes, n_clips in (("test", range(0, 5), 200), ("train", range(5, 50), 800)):
         (out / part).mkdir(parents=True, exist_ok=True)
-        for n in tqdm(range(count), part, leave=False):
+        for n in tqdm(range(n_clips), part, leave=False):
             talker, digits = rng.choice(talkers), None
             while digits is None or (part == "train" and digits in tested):
                 digits = tuple(rng.choices(range(10), k=rng.randint(3, 6)))
@@ -363,9 +287,12 @@ def cut_digit_strings(recordings, out, talkers, seed):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    fsdd = argv[:1] == ["fsdd"]
-    if fsdd:
-        parser.add_argument("command", help="fsdd")
+    command = argv[0] if argv[:1] in (["fsdd"], ["check"]) else "talker"
+    if command != "talker":
+        parser.add_argument("command", help=command)
+    if command == "check":
+        parser.add_argument("folder", type=Path, help="of clips with transcripts, or with a manifest.csv")
+    elif command == "fsdd":
         parser.add_argument("recordings", type=Path, help="the dataset's folder of {digit}_{talker}_{take}.wav")
         parser.add_argument("out", type=Path, help="folder to write")
         parser.add_argument("--talkers", default="george,jackson,nicolas,theo", help="comma-separated (default %(default)s)")
@@ -374,8 +301,8 @@ def parse_args(argv):
         parser.add_argument("--count", type=int, default=8, help="number of clips (default %(default)s)")
         parser.add_argument("--part", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    args = parser.parse_args(argv, argparse.Namespace(fsdd=fsdd))
-    if args.seed < 0 or not fsdd and args.count < 1:
+    args = parser.parse_args(argv, argparse.Namespace(command=command))
+    if args.seed < 0 or command == "talker" and args.count < 1:
         parser.error("--seed must be 0 or more, and --count 1 or more")
     return args
 
@@ -383,7 +310,10 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        if args.fsdd:
+        if args.command == "check":
+            from folders import check  # it builds on this file
+            return check(args.folder)
+        if args.command == "fsdd":
             cut_digit_strings(args.recordings, args.out, args.talkers.split(","), args.seed)
         else:
             for path in write_talker_clips(args.out, args.count, args.part, args.seed):

@@ -1,31 +1,36 @@
-"""Transcribe clips with a trained model; measure how well it does (train.py calls `evaluate`).
+"""Transcribe clips with a trained model.
 
     python sample.py                              the three unseen clips that train.py wrote
     python sample.py clip.mp4 --rate 8 --json     one's own clip, with fewer tokens for the LLM to read
+    python sample.py talk.mp4 --srt talk.srt      a long one, with subtitles
 
 A line of text for each clip, on stdout; what goes wrong with a clip is one line on stderr. Exit code 0; 1 if some clips
-failed; 2 if nothing could be transcribed. From Python: `sample.transcribe("clip.mp4")`.
+failed; 2 if nothing could be transcribed. From Python: `sample.transcribe("clip.mp4")`. Clips longer than those of training
+are parted at pauses, and what is said in the pieces is put together.
 """
 import argparse
 import json
 import math
 import os
 import sys
+import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
-from itertools import groupby, product
+from itertools import islice, product
 from pathlib import Path
 
-import jiwer
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import media
+import mouth
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
+from media import SUFFIXES, ClipError, shown
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
 from weights import WeightsError, fingerprint, write_json, write_whole
 
@@ -33,7 +38,8 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
 PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # what may be real: frozen, from files of others
 FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # that name those files
-TEST_BATCH = 50  # hypotheses decoded together
+TOKENS = {"audio": 50, "video": 25}  # a second, at rate 1
+PIECES = 8       # of a long clip, decoded together
 
 
 # --- rates and tasks -------------------------------------------------------------------------------------------------
@@ -65,15 +71,20 @@ def task_rates(task, pairs):
     return [rates for i, rates in enumerate(found) if rates not in found[:i]]
 
 
-def parse_snrs(text):
-    """'clean,0,-5' -> [None, 0.0, -5.0], each once, clean always and first; ValueError says what is wrong."""
-    try:
-        snrs = [None if part == "clean" else float(part) for part in text.split(",")]
-        if not all(snr is None or math.isfinite(snr) for snr in snrs):
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--snr {text!r}: expected 'clean' or dB, like clean,0,-5") from None
-    return list(dict.fromkeys([None, *snrs]))
+def ladder(task, config, rate=None):
+    """At what to decode -> [(rates, threshold)], see `decode`. `rate` '4', or audio:video '4:2', also one that was never trained;
+    None: the finest of those that were. 'auto': the coarsest, then one between the finest and the next: at 3/2 of the finest, a
+    third of its tokens are saved and hardly a word is lost (not in the paper). `config`: a checkpoint's."""
+    trained = sorted(task_rates(task, config["rates"]), key=lambda rates: sum(TOKENS[s] / r for s, r in rates.items()))
+    if rate == "auto":
+        if config.get("auto", {}).get(task) is None:
+            raise ValueError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
+        finer = {stream: min(math.ceil(1.5 * r), trained[0][stream]) for stream, r in trained[-1].items()}
+        return [(trained[0], config["auto"][task]), (finer, -math.inf)][finer == trained[0]:]
+    found = task_rates(task, parse_rates(rate)) if rate is not None else trained[-1:]
+    if len(found) > 1:
+        raise ValueError(f"--rate {rate!r}: a clip is read at one rate, like 4 or 4:2, or at auto, or at all")
+    return [(found[0], -math.inf)]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -175,97 +186,85 @@ def load(ckpt, verify=False, **paths):
     return model, config, data.load_tokenizer(config["paths"].get("llm", ckpt))
 
 
-def choose_rates(clip, model, config, rate=None, task=None):
-    """-> (task, {stream: rate}): the streams that the task names, else all that the clip has and the model knows, at
-    `rate` ('4', or audio:video '4:2'), else the finest that the model was trained at."""
+@torch.no_grad()
+def decode(model, encoded, steps, beam=1):
+    """Encoded clips -> for each (token ids, mean log-probability, rates, tokens that the LLM read before a first word).
+
+    `steps` is [(rates, threshold)]: all clips are decoded at the first rates, those whose mean log-probability is below its
+    threshold again at the next, and so on; `tokens` counts all of that."""
+    left, answers = list(range(len(next(iter(encoded.values()))[0]))), {}
+    for rates, threshold in steps:
+        prefixes = model.prefix({stream: (x[left], lengths[left]) for stream, (x, lengths) in encoded.items()}, rates)
+        told = model.llm.generate(prefixes, model.config.eos, beam, model.config.max_tokens)
+        for b, prefix, (ids, logprob) in zip(left, prefixes, told):
+            answers[b] = ids, logprob, rates, len(prefix) + (answers[b][3] if b in answers else 0)
+        left = [b for b in left if answers[b][1] < threshold]
+        if not left:
+            break
+    return [answers[b] for b in range(len(answers))]
+
+
+def choose_task(clip, model, task=None):
+    """The task if the clip and the model have its streams; None: the one with all streams that both have. Or a ClipError."""
     have = [s for s in model.streams if s in clip.streams]
-    wanted = TASKS[task] if task else have
-    lacking = [s for s in wanted if s not in have]
-    if lacking or not have:
-        needs = f"task {task} needs {' and '.join(wanted)}" if task else f"the model reads {' and '.join(model.streams)}"
-        raise data.ClipError(f"{clip.name}: the clip has {' and '.join(clip.streams)} only, and {needs}")
-    pairs = parse_rates(rate) if rate else [min(config["rates"], key=lambda pair: [
-        r for s, r in zip(("audio", "video"), pair) if s in wanted])]
-    if len(pairs) > 1:
-        raise ValueError(f"rate {rate!r} names {len(pairs)} rates; a clip is read at one, like 4 or 4:2")
-    rates = {s: r for s, r in zip(("audio", "video"), pairs[0]) if s in wanted}
-    return next(t for t, streams in TASKS.items() if set(streams) == set(rates)), rates
+    if not set(TASKS[task] if task else have[:1] or ["any"]) <= set(have):
+        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else f"the model reads {' and '.join(model.streams)}"
+        raise ClipError(f"{shown(clip.name)}: the clip has {' and '.join(clip.streams)} only, and {needs}")
+    return task or next(t for t, streams in TASKS.items() if set(streams) == set(have))
 
 
 @torch.no_grad()
-def transcribe(path, ckpt="out", rate=None, task=None, beam=1, **where):
-    """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
-    before the first word), seconds, logprob (mean per output token). `where`: see `load`.
+def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, tell=None, **where):
+    """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM before
+    the first words), duration and seconds it took, logprob (mean per output token), and segments: start, end, text and the
+    like of its pieces. Each is passed to `tell` as soon as it is known. `rate`: see `ladder`; `box`: see mouth.py; `where`: see `load`.
 
-    Raises data.ClipError for a clip that cannot be read, ValueError for a bad rate or (CheckpointError) checkpoint."""
+    Raises ClipError for a clip that cannot be read, ValueError for a bad rate or (CheckpointError) checkpoint."""
     model, config, tokenizer = load(str(ckpt), **where)
-    start = time.perf_counter()
-    clip = data.read_clip(path, **reading(model.config.audio, model.config.video))
-    task, rates = choose_rates(clip, model, config, rate, task)
-    encoded = model.encode(data.to(model.device, data.batch([clip], rates)))
-    (ids, logprob), = model.generate(encoded, rates, beam)
-    return {"clip": str(path), "text": data.normalize(tokenizer.decode(ids)), "task": task,
-            "audio_rate": rates.get("audio"), "video_rate": rates.get("video"),
-            "tokens": len(model.prefix(encoded, rates)[0]), "seconds": round(time.perf_counter() - start, 3),
-            "logprob": round(logprob, 4)}
+    began, segments, logprobs, progress = time.perf_counter(), [], [], None
+    pieces = data.read_pieces(path, min(data.MAX_SECONDS, 1.1 * config.get("longest", data.MAX_SECONDS) + 0.5),
+                              streams=TASKS[task] if task else model.streams, box=box, **reading(model.config.audio, model.config.video))
+    while group := list(islice(pieces, PIECES)):
+        task = choose_task(group[0][1], model, task)
+        encoded = model.encode(data.to(model.device, data.batch([clip for _, clip in group], TASKS[task])))
+        for (start, clip), (ids, logprob, rates, tokens) in zip(group, decode(model, encoded, ladder(task, config, rate), beam)):
+            segments.append({"start": start, "end": start + clip.duration, "text": data.normalize(tokenizer.decode(ids)),
+                             "audio_rate": rates.get("audio"), "video_rate": rates.get("video"), "tokens": tokens, "logprob": round(logprob, 4)})
+            logprobs += [logprob] * (len(ids) + 1)
+            if tell:
+                tell(segments[-1])
+        if len(group) == PIECES:
+            progress = progress or tqdm(total=round(media.probe(path).seconds), desc="transcribing", unit=" s", leave=False)
+            progress.update(round(segments[-1]["end"]) - progress.n)
+    if progress:
+        progress.close()
+    rates = {key: {segment[key] for segment in segments} for key in ("audio_rate", "video_rate")}
+    seconds = time.perf_counter() - began
+    return {"clip": str(path), "text": " ".join(filter(None, (segment["text"] for segment in segments))), "task": task,
+            **{key: found.pop() if len(found) == 1 else "auto" for key, found in rates.items()},
+            "tokens": sum(segment["tokens"] for segment in segments), "duration": segments[-1]["end"], "seconds": round(seconds, 3),
+            "logprob": round(sum(logprobs) / len(logprobs), 4), "segments": segments}
 
 
-# --- measure: the word error rate of many clips at every rate --------------------------------------------------------
-
-def evaluate(model, clips, tasks, pairs, snrs, tokenizer, device, beam=1):
-    """Corpus-level WER (jiwer, after data.normalize) of every task at every rate, clean and in babble -> metrics rows.
-
-    Sound is encoded once for each noise and lips once, for all tasks and rates; lips hear no noise, so vsr is tested clean."""
-    voices = [clip for clip in clips if clip.wave is not None]
-    clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
-    groups = [list(group) for _, group in groupby(clips, lambda clip: clip.streams)]
-    wanted = task_streams(tasks)
-    snrs = snrs if "audio" in wanted else [None]
-    size = max(1, TEST_BATCH // beam)
-    chunks = [group[i:i + size] for group in groups for i in range(0, len(group), size)]
-    model.eval()
-
-    def test(chunk):
-        """Clips of the same streams -> {(task, rates, snr): [(reference, hypothesis)]}."""
-        streams, encoded, told = chunk[0].streams, {}, {}
-        for snr in snrs:
-            noisy = [data.in_babble(clip, snr, voices) for clip in chunk]
-            heard = [s for s in streams if s in wanted and (s == "audio" or s not in encoded)]
-            encoded |= model.encode(data.to(device, data.batch(noisy, heard)))
-            for task in tasks:
-                if set(TASKS[task]) <= set(streams) and (snr is None or "audio" in TASKS[task]):
-                    for rates in task_rates(task, pairs):
-                        texts = [data.normalize(tokenizer.decode(ids)) for ids, _ in model.generate(encoded, rates, beam)]
-                        told[task, tuple(rates.items()), snr] = list(zip([clip.text for clip in chunk], texts))
-        return told
-
-    told = {}
-    with ThreadPoolExecutor(2) as testers:
-        for part in tqdm(testers.map(test, chunks), "test", len(chunks), leave=False):
-            for key, answers in part.items():
-                told.setdefault(key, []).extend(answers)
-    rows = []
-    for (task, rates, snr), answers in told.items():
-        references, hypotheses = map(list, zip(*answers))
-        rows.append({"task": task, "audio_rate": dict(rates).get("audio"), "video_rate": dict(rates).get("video"),
-                     "snr_db": snr, "wer": jiwer.wer(references, hypotheses),
-                     "words": sum(len(r.split()) for r in references), "clips": len(references), "split": "test"})
-    return sorted(rows, key=lambda r: (tasks.index(r["task"]), -99 if r["snr_db"] is None else -r["snr_db"],
-                                       r["audio_rate"] or 0, r["video_rate"] or 0))
+def every_rate(path, ckpt="out", task=None, beam=1, **more):
+    """`transcribe` at each trained rate, from the coarsest on, with its `flops` -> yields the dicts."""
+    *_, config, _ = load(str(ckpt), **{key: value for key, value in more.items() if key != "box"})
+    task = task or transcribe(path, ckpt, None, None, beam, **more)["task"]
+    for pair in sorted(config["rates"], reverse=True):
+        with FlopCounterMode(display=False) as counter:
+            transcribe(path, ckpt, f"{pair[0]}:{pair[1]}", task, beam, **more)
+        yield transcribe(path, ckpt, f"{pair[0]}:{pair[1]}", task, beam, **more) | {"flops": counter.get_total_flops()}
 
 
-def table(rows):
-    """The metrics rows as a text table: a line for each task and noise, a column for each audio:video rate."""
-    def rate(row):
-        return ":".join(str(r) for r in (row["audio_rate"], row["video_rate"]) if r)
-    columns = list(dict.fromkeys(rate(row) for row in rows))
-    lines = {}
-    for row in rows:
-        noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g} dB"
-        lines.setdefault((row["task"], noise), {})[rate(row)] = f"{100 * row['wer']:.1f}"
-    header = f"{'WER %':14}" + "".join(f"{column:>7}" for column in columns)
-    return "\n".join([header] + [f"{task:6}{noise:8}" + "".join(f"{cells.get(column, ''):>7}" for column in columns)
-                                 for (task, noise), cells in lines.items()])
+def write_srt(path, segments):
+    """Subtitles: a numbered block of time and text for each segment in which something is said."""
+    def stamp(seconds):
+        ms = round(1000 * seconds)
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+
+    blocks = [f"{i}\n{stamp(s['start'])} --> {stamp(s['end'])}\n{textwrap.fill(s['text'], 42)}\n"
+              for i, s in enumerate((s for s in segments if s["text"]), 1)]
+    write_whole(path, lambda temporary: temporary.write_text("\n".join(blocks), "utf-8"))
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -274,29 +273,51 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
     parser.add_argument("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
-    parser.add_argument("--rate", help="compression rate, '4', or '4:2' for audio:video (default: the finest trained)")
+    parser.add_argument("--rate", help="compression rate: '4', or '4:2' for audio:video, also one never trained; auto: coarse, and again "
+                                       "finer where the model is in doubt; all: every trained one, with its cost (default: the finest trained)")
     parser.add_argument("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
     parser.add_argument("--beam", type=int, default=1, help="beam width, 1 is greedy (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of the text")
+    parser.add_argument("--srt", metavar="FILE", help="write subtitles of the clip")
+    parser.add_argument("--box", metavar="X,Y,W,H", help="where the mouth is in the pictures (default: small square pictures are "
+                                                                   "mouths, in others it is found, which needs requirements-face.txt)")
+    parser.add_argument("--show-crop", metavar="PNG", help="write a contact sheet of the mouths that are read")
     for part, flag in FLAGS.items():
         parser.add_argument(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
     parser.add_argument("--verify", action="store_true", help="compare every byte of the real parts' weights with those of training")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if len(args.clips) != 1 and (args.srt or args.show_crop):
+        parser.error("--srt and --show-crop are for one clip")
+    return args
+
+
+def say(args, result):
+    """Print what was made of a clip."""
+    if args.json:
+        print(json.dumps(result), flush=True)
+    elif args.rate == "all":
+        rate = ":".join(str(result[key]) for key in ("audio_rate", "video_rate") if result[key])
+        print(f"rate {rate:6} {result['tokens']:5} tokens {result['flops'] / 1e9:8.2f} GFLOPs {result['seconds']:7.2f} s "
+              f"({result['seconds'] / result['duration']:.2f} x real time)  {result['text']}", flush=True)
+    elif not (sys.stdout.isatty() and len(result["segments"]) > 1):  # else it has been told, piece by piece
+        print(result["text"], flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
     where = {"verify": args.verify} | {part: getattr(args, part) for part in PARTS}
+    tell = (lambda segment: tqdm.write(segment["text"])) if sys.stdout.isatty() and not args.json and args.rate != "all" else None
     try:
         if args.beam < 1:
             raise ValueError(f"--beam must be 1 or more, not {args.beam}")
-        if args.rate is not None and len(parse_rates(args.rate)) > 1:
-            raise ValueError(f"--rate {args.rate!r}: a clip is read at one rate, like 4 or 4:2")
-        model, *_ = load(args.ckpt, **where)
+        args.box = args.box and mouth.parse_box(args.box)
+        model, config, _ = load(args.ckpt, **where)
         if args.task and not set(TASKS[args.task]) <= set(model.streams):
             raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {' and '.join(model.streams)} only")
+        if args.rate != "all":
+            ladder(args.task or config["tasks"][0], config, args.rate)
         clips = args.clips or sorted(path for path in Path(args.ckpt, "samples").glob("*")
-                                     if path.suffix.lower() in data.SOUND | data.VIDEO)
+                                     if path.suffix.lower() in SUFFIXES)
         if not clips:
             raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
     except (ValueError, OSError) as error:
@@ -305,12 +326,16 @@ def main(argv=None):
     failed = 0
     for path in clips:
         try:
-            result = transcribe(path, args.ckpt, args.rate, args.task, args.beam, **where)
-        except (data.ClipError, OSError) as error:
+            if args.show_crop:
+                mouth.write_sheet(media.probe(path, ("video",)), args.show_crop, args.box)
+            how = {"ckpt": args.ckpt, "task": args.task, "beam": args.beam, "box": args.box, **where}
+            for result in every_rate(path, **how) if args.rate == "all" else [transcribe(path, rate=args.rate, tell=tell, **how)]:
+                say(args, result)
+            if args.srt:
+                write_srt(args.srt, result["segments"])
+        except (ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1
-            continue
-        print(json.dumps(result) if args.json else result["text"], flush=True)
     return 2 if failed == len(clips) else int(failed > 0)
 
 

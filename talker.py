@@ -206,7 +206,7 @@ def mishear(text, ids, rng):
     return (1 - 2 * smear) * sharp + smear * sharp.roll(1, 0) + smear * sharp.roll(-1, 0)
 
 
-SPLITS = {"train": range(0, 400), "test": range(1000, 1100)}  # the talkers of each part: no test talker is in training
+SPLITS = {"train": range(0, 400), "valid": range(400, 500), "test": range(1000, 1100)}  # the talkers of each part: none is in two
 
 
 def grid_split(text):
@@ -223,4 +223,4 @@ def grid_sentences(split):
 def random_job(split, index, seed):
     """Clip number `index` of a part -> arguments for `synthesize`: a sentence and a talker of that part, and a delivery."""
     rng = random.Random(f"{split} {seed} {index}")
-    return rng.choice(grid_sentences(split)), rng.choice(SPLITS[split]), seed * 1_000_000 + index
+    return rng.choice(grid_sentences("test" if split == "test" else "train")), rng.choice(SPLITS[split]), seed * 1_000_000 + index

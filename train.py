@@ -30,13 +30,17 @@ import torch
 from tqdm import tqdm
 
 import data
+import mouth
 import weights
 from encoders import AudioConfig, VideoConfig
+from evaluate import calibrate, evaluate, fixed_rates, parse_snrs, table
 from features import Features
+from folders import folder_clips
+from media import ClipError
 from mome import AVSR, PLACES, AVSRConfig, LlamaConfig
 from pretrain import draws, fit, pretrain
-from sample import (EXPERTS, FLAGS, TASKS, CheckpointError, dtype_on, evaluate, identify, load_model, parse_rates, parse_snrs,
-                    read_parts, reading, run_script, save_model, table, task_rates, task_streams)
+from sample import (EXPERTS, FLAGS, TASKS, CheckpointError, dtype_on, identify, ladder, load_model, parse_rates, read_parts, reading,
+                    run_script, save_model, task_rates, task_streams)
 from talker import grid_sentences
 from weights import WeightsError, write_json
 
@@ -45,7 +49,7 @@ HALF_OF_THE_CORES = max(1, CORES // 2)
 TASK_SHARE = {"avsr": 0.4, "asr": 0.3, "vsr": 0.3}  # of stage 3's steps; not in the paper
 PROMPT = "Transcribe speech to text."               # to a real LLM, whichever the streams; not in the paper
 ZERO_TOO = "steps seed n_routed n_shared copies batch_size projector_dim valid_every".split()  # whole numbers that may be 0
-VALID_CLIPS = 50                                    # at most, and at most a tenth of the training clips
+VALID_CLIPS = 50                                    # of real ones, at most, and at most a tenth of the training clips
 
 PRESETS = {"": {}, "paper": dict(rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12, lr=1e-3,
                                  weight_decay=0.1, epochs=10, beam=15)}
@@ -63,7 +67,9 @@ class TrainConfig:
                                          "'4,16x2,5' every pair")
     out: str = flag("out", "common", "folder for the model, its metrics and samples")
     tasks: str = flag("avsr,asr,vsr", "common", "what to train and test: audio-visual, audio-only, video-only")
-    data: str = flag("", "common", "folder of real clips with transcripts; default: the synthetic talker")
+    data: str = flag("", "common", "folder of real clips with transcripts (see folders.py); default: the synthetic talker")
+    max_bad: str = flag("1%", "common", "so many of them may be unusable")
+    box: str = flag("", "common", "x,y,w,h: where the mouth is in their pictures; default: it is found where pictures are not mouths")
     seed: int = flag(0, "common", "of everything random")
     steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 650 with the synthetic talker, 2000 with --data, 700 with --llm")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
@@ -87,13 +93,15 @@ class TrainConfig:
     lr: float = flag(1.5e-3, "training", "peak learning rate of stage 3")
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
+    valid_clips: int = flag(200, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
     audio_steps: int = flag(400, "training", "of stage 1, the audio encoder")
     video_steps: int = flag(350, "training", "of stage 1, the video encoder")
     ctc_steps: int = flag(2500, "training", "of stage 1 on clips that come without an alignment (--data)")
     llm_steps: int = flag(500, "training", "of stage 2")
     projector_dim: int = flag(0, "training", "hidden width of the projectors; 0: the LLM's width, at least 256")
-    valid_every: int = flag(0, "training", "steps of stage 3 between tests on clips held out of training; 0: none are")
+    valid_every: int = flag(0, "training", "steps of stage 3 between tests on clips held out of training; 0: no test, and with --data no clips held out "
+                                        "and no threshold for sample.py --rate auto")
     beam: int = flag(1, "training", "beam width at test; 1 is greedy")
 
 
@@ -102,6 +110,19 @@ def real_paths(config):
     streams = task_streams(config.tasks.split(","))
     paths = {"llm": config.llm, "audio": config.audio_encoder, "video": config.video_encoder}
     return {part: path for part, path in paths.items() if part == "llm" or part in streams}
+
+
+def how_clips_are_read(config, how):
+    """-> what folder_clips wants to know, `how` included; ValueError says which flag is wrong."""
+    try:
+        max_bad = float(config.max_bad.removesuffix("%"))
+        if not 0 <= max_bad <= 100:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--max-bad {config.max_bad!r}: expected a share of the clips, like 1%") from None
+    cache = Path(config.cache or Path(config.out) / "cache") / "crops"
+    return {"how": how | {"streams": task_streams(config.tasks.split(",")), "box": mouth.parse_box(config.box) if config.box else None,
+                          "cache": cache}, "max_bad": max_bad}
 
 
 def parse_args(argv):
@@ -117,7 +138,7 @@ def parse_args(argv):
             group.add_argument(name, action="store_true", help=f.metadata["help"])
         else:
             group.add_argument(name, type=f.type, default=f.default, choices=f.metadata.get("choices"),
-                               help=f.metadata["help"] + (f" (default {f.default})" if f.default != "" else ""))
+                               help=f.metadata["help"] + (f" (default {f.default})".replace("%", "%%") if f.default != "" else ""))
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     config = TrainConfig(**vars(parser.parse_args(argv)))
     try:
@@ -126,6 +147,7 @@ def parse_args(argv):
         for task in config.tasks.split(","):
             if task not in TASKS:
                 raise ValueError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
+        how_clips_are_read(config, {})
         least = {f.name: int(f.type is int) for f in fields(config) if f.type in (int, float)}
         for name, bound in (least | dict.fromkeys(ZERO_TOO, 0)).items():
             if not bound <= getattr(config, name) < math.inf:
@@ -176,7 +198,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
         return encoded, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs)
 
     def check(step, loss):
-        rows = evaluate(model, clips["valid"], tasks, pairs, [None], tokenizer, device)
+        rows = evaluate(model, clips["valid"], fixed_rates(tasks, pairs), [None], tokenizer, device)
         curve.append({"step": step, "loss": loss, "rows": [row | {"split": "valid"} for row in rows]})
         tqdm.write(f"step {step}: loss {loss:.3f}; WER %: " + ", ".join(
             f"{row['task']} {row['audio_rate'] or ''}:{row['video_rate'] or ''} {100 * row['wer']:.1f}" for row in rows))
@@ -194,7 +216,7 @@ def main(argv=None):
     config = parse_args(argv)
     try:
         run(config)
-    except (data.ClipError, CheckpointError, WeightsError, OSError) as error:
+    except (ClipError, CheckpointError, WeightsError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
@@ -210,25 +232,28 @@ class Stopwatch(dict):
 
 
 def load_clips(config, tasks, how):
-    """-> {"train": clips, "test": clips}, of which every task has some it can use; no training clips for --eval-only. With
-    --valid-every some training clips become "valid", of sentences that no training clip has. `how` clips are read."""
-    parts = {"test": config.test_clips} if config.eval_only else {"train": config.clips, "test": config.test_clips}
-    clips = data.folder_clips(config.data, **how) if config.data else {
+    """-> {"train": clips, "test": clips, "valid": clips}, of which every task has some it can use; only test clips for --eval-only.
+    Of real ones --valid-every makes some training clips "valid", of sentences that no training clip has. `how` clips are read."""
+    parts = {"test": config.test_clips}
+    parts |= {} if config.eval_only else {"train": config.clips, "valid": config.valid_clips}
+    clips = folder_clips(config.data, **how_clips_are_read(config, how)) if config.data else {
         part: data.talker_clips(part, count, config.seed) for part, count in parts.items()}
-    if config.valid_every and "train" in clips:
+    if config.eval_only:
+        clips = {"test": clips["test"]}
+    if config.valid_every and config.data and not config.eval_only:
         order = sorted(clips["train"], key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
         clips["valid"] = order[:min(VALID_CLIPS, len(order) // 10)]
         held, n = {clip.text for clip in clips["valid"]}, len(order)
         clips["train"] = [clip for clip in clips["train"] if clip.text not in held]
         print(f"held out of {n} training clips: {len(clips['valid'])} for --valid-every, and "
               f"{n - len(clips['train']) - len(clips['valid'])} more that say the same")
-    for part, task in product([*parts, *clips.keys() - {"train", "test"}], tasks):
+    for part, task in product(clips, tasks):
         if not any(set(TASKS[task]) <= set(clip.streams) for clip in clips[part]):
-            raise data.ClipError(f"{config.data}: no {part} clip has {' and '.join(TASKS[task])}, which {task} needs; "
+            raise ClipError(f"{config.data}: no {part} clip has {' and '.join(TASKS[task])}, which {task} needs; "
                                  "choose other --tasks")
     heard, babble = [clip for clip in clips["test"] if "audio" in clip.streams], parse_snrs(config.snr) != [None]
     if len(heard) == 1 and babble and any("audio" in TASKS[task] for task in tasks):
-        raise data.ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
+        raise ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
     return clips
 
 
@@ -237,8 +262,7 @@ def train_all(config, clips, tasks, parts, known, device, watch):
     `known` identifies the given parts."""
     real, seed, cache = bool(config.data), config.seed, Path(config.cache or Path(config.out) / "cache")
     texts = [clip.text for clip in clips["train"]] if real else grid_sentences("train")
-    tested = {clip.text for part in clips if part != "train" for clip in clips[part]}
-    tested |= set() if real else set(grid_sentences("test"))
+    tested = {clip.text for part in clips if part != "train" for clip in clips[part]} if real else set(grid_sentences("test"))
     words = sorted(data.common_words(texts))
     if "llm" in parts:
         tokenizer, (bos, eos) = data.load_tokenizer(config.llm), weights.llama_ids(config.llm)
@@ -290,7 +314,7 @@ def run(config):
         config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS})
         for task in tasks:
             if not set(TASKS[task]) <= set(model.streams):
-                raise data.ClipError(f"{out}: this model reads {' and '.join(model.streams)} only, not what {task} needs")
+                raise ClipError(f"{out}: this model reads {' and '.join(model.streams)} only, not what {task} needs")
     else:
         parts = read_parts(paths, dtype_on(device), {name: getattr(config, name) for name in EXPERTS}, config.pad_audio)
         known = identify(paths)
@@ -300,14 +324,20 @@ def run(config):
     watch.lap("clips")
     if not config.eval_only:
         model, words, curve = train_all(config, clips, tasks, parts, known, device, watch)
-        save_model(model, out, known, rates=pairs, tasks=tasks)
-        if curve:
-            write_json(out / "curve.json", curve)
         if "llm" not in paths:
             data.save_tokenizer(words, out)
+        saved = {"rates": pairs, "tasks": tasks, "longest": max(clip.duration for clip in clips["train"])}
+        if "valid" in clips:
+            saved["auto"] = calibrate(model, clips["valid"], tasks, pairs, data.load_tokenizer(paths.get("llm", out)), device)
+        save_model(model, out, known, **saved)
+        if curve:
+            write_json(out / "curve.json", curve)
         write_samples(config, clips["test"], out / "samples")
-    tokenizer = data.load_tokenizer(paths.get("llm", out))
-    rows = evaluate(model, clips["test"], tasks, pairs, parse_snrs(config.snr), tokenizer, device, config.beam)
+        watch.lap("calibration")
+    tokenizer, plan = data.load_tokenizer(paths.get("llm", out)), fixed_rates(tasks, pairs)
+    plan |= {(task, ("auto", None)): ladder(task, saved, "auto") for task in tasks if task in saved.get("auto", {})
+             and set(map(tuple, saved["rates"])) <= set(pairs)}
+    rows = evaluate(model, clips["test"], plan, parse_snrs(config.snr), tokenizer, device, config.beam)
     watch.lap("test")
     write_json(out / "metrics.json", {"rows": rows, "seconds": watch, "config": asdict(config)})
     print(table(rows))

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import media  # noqa: E402
 import train  # noqa: E402
 from encoders import AudioConfig, VideoConfig  # noqa: E402
 from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
@@ -15,7 +17,12 @@ from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
 SHARED = ROOT.parent / "shared"  # real clips that some tests use where they are at hand
 
 
-TRAINED = "--rates 2:2,4:8 --clips 12 --test-clips 5 --audio-steps 1 --video-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()
+TRAINED = "--rates 2:2,4:8 --clips 12 --valid-clips 6 --test-clips 5 --audio-steps 1 --video-steps 1 --llm-steps 1 --steps 2 --snr clean,-5".split()
+
+
+def ffmpeg(*options):
+    """Run the same ffmpeg as the project, to make files for it to read."""
+    subprocess.run([media.FFMPEG, "-v", "error", "-y", *map(str, options)], check=True)
 
 
 @pytest.fixture

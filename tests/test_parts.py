@@ -86,7 +86,7 @@ def test_sample_reads_it_with_the_real_tokenizer_and_mel_bands(parts, real, caps
     assert code == 0 and len(lines) == 2 and not err
     model, config, tokenizer = sample.load(str(real))
     assert model.config.audio.n_mels == 128 and model.config.video.picture == 96
-    clips = [data.read_clip(json.loads(line)["clip"], 96, "bin blue", 128) for line in lines]
+    clips = [data.read_clip(json.loads(line)["clip"], size=96, n_mels=128) for line in lines]
     ids = [model.generate(model.encode(data.batch([clip], ["audio", "video"])), {"audio": 2, "video": 2})[0][0] for clip in clips]
     assert all(ids) and [json.loads(line)["text"] for line in lines] == [data.normalize(tokenizer.decode(i)) for i in ids]
 
@@ -187,7 +187,7 @@ def test_padded_clips_are_what_whisper_was_trained_on(tmp_path):
 @pytest.fixture
 def kept(parts, tmp_path):
     """-> make(**more): a Features of two real clips and the tiny Whisper in a new folder, and the clips."""
-    clips = [data.read_clip(path, 32, data.transcript(path), 128) for path in sorted((parts / "clips/train").glob("*.mp4"))[:2]]
+    clips = [data.read_clip(path, n_mels=128) for path in sorted((parts / "clips/train").glob("*.mp4"))[:2]]
     model = AVSR(AVSRConfig(LlamaConfig(30), AudioEncoder.from_pretrained(parts / "whisper").config, None),
                  audio=AudioEncoder.from_pretrained(parts / "whisper"))
 

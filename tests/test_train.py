@@ -7,15 +7,16 @@ from dataclasses import fields
 import jiwer
 import pytest
 import torch
-from conftest import ROOT, SHARED, TRAINED
+from conftest import ROOT, SHARED, TRAINED, ffmpeg
 from safetensors.torch import load_file
 
 import data
 import pretrain
 import sample
 import train
+from evaluate import evaluate, fixed_rates
 
-TINY = "--clips 12 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
+TINY = "--clips 12 --valid-clips 6 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
 
 # --- flags ---
@@ -89,10 +90,11 @@ def test_what_training_writes(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {(r["task"], r["audio_rate"], r["video_rate"], r["snr_db"]) for r in metrics["rows"]} == (
         {("avsr", a, v, snr) for a, v in ((2, 2), (4, 8)) for snr in (None, -5.0)}
-        | {("asr", a, None, snr) for a in (2, 4) for snr in (None, -5.0)} | {("vsr", None, v, None) for v in (2, 8)})
+        | {("asr", a, None, snr) for a in (2, 4) for snr in (None, -5.0)} | {("vsr", None, v, None) for v in (2, 8)}
+        | {(task, "auto", None, snr) for task, snr in (("avsr", None), ("avsr", -5.0), ("asr", None), ("asr", -5.0), ("vsr", None))})
     for row in metrics["rows"]:
         assert row["clips"] == 5 and row["words"] == 30 and row["split"] == "test" and row["wer"] >= 0
-    assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2, rest", "stage 3", "test"}
+    assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2, rest", "stage 3", "calibration", "test"}
     assert metrics["config"]["rates"] == "2:2,4:8"
     assert len(list((trained / "samples").glob("*.mp4"))) == len(list((trained / "samples").glob("*.txt"))) == 3
     assert sorted(p.name for p in trained.iterdir()) == ["cache", "config.json", "metrics.json", "model.safetensors", "samples", "tokenizer.json"]
@@ -152,7 +154,7 @@ def test_a_folder_with_clips_that_lack_a_stream(tmp_path, capsys):
     data.write_talker_clips(tmp_path / "clips", 8, "train", 0, size=32)
     paths = sorted((tmp_path / "clips").glob("*.mp4"))
     for path, options in ((paths[0], "-an -c:v copy"), (paths[1], "-vn -c:a copy")):
-        data.ffmpeg(path, *options.split(), str(tmp_path / "cut.mp4"))
+        ffmpeg("-i", path, *options.split(), tmp_path / "cut.mp4")
         (tmp_path / "cut.mp4").replace(path)
     argv = ["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), "--rates", "4", *TINY, "--steps", "8",
             "--n-routed", "0", "--n-shared", "0", "--snr", "clean"]
@@ -186,7 +188,8 @@ def test_sample_default_clips_and_json(trained, capsys):
     answers = [json.loads(line) for line in lines]
     assert code == 0 and [a["text"] for a in answers] == out
     for answer in answers:
-        assert set(answer) == {"clip", "text", "task", "audio_rate", "video_rate", "tokens", "seconds", "logprob"}
+        assert set(answer) == {"clip", "text", "task", "audio_rate", "video_rate", "tokens", "duration", "seconds", "logprob", "segments"}
+        assert [segment["text"] for segment in answer["segments"]] == [answer["text"]] and answer["segments"][0]["end"] == answer["duration"]
         assert (answer["task"], answer["audio_rate"], answer["video_rate"]) == ("avsr", 2, 2) and answer["logprob"] <= 0
 
 
@@ -206,14 +209,14 @@ def test_sample_agrees_with_training(trained):
     model, config, tokenizer = sample.load(str(trained))
     clip = sorted((trained / "samples").glob("*.mp4"))[0]
     answer = sample.transcribe(clip, trained, rate="4:8")
-    row = train.evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], ["avsr"], [(4, 8)], [None], tokenizer, "cpu")[0]
+    row = evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], fixed_rates(["avsr"], [(4, 8)]), [None], tokenizer, "cpu")[0]
     assert row["wer"] == jiwer.wer("bin blue at f two now", answer["text"])
 
 
 def test_sample_wrong_use(trained, tmp_path, capsys):
     good = sorted((trained / "samples").glob("*.mp4"))[0]
     silent, text, empty = tmp_path / "silent.mp4", tmp_path / "text.mp4", tmp_path / "folder"
-    data.ffmpeg(good, "-an", "-c:v", "copy", str(silent))
+    ffmpeg("-i", good, "-an", "-c:v", "copy", silent)
     text.write_text("not media")
     empty.mkdir()
     for argv, code, said in (
@@ -221,7 +224,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
             (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--rate", "", good], 2, "rates"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
             (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
             (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "w" * 300], 1, "www"), (["--ckpt", trained, empty], 2, "folder: not a file"),
-            (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only"), (["--ckpt", trained, silent], 0, None)):
+            (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: has no sound"), (["--ckpt", trained, silent], 0, None)):
         got, out, err = run(capsys, *argv)
         assert got == code, (argv, err)
         assert err == [] if said is None else (len(err) == 1 and said in err[0]), (argv, err)
@@ -229,7 +232,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real GRID clips beside the project")
-def test_real_faces_are_read(trained, capsys):
-    code, out, err = run(capsys, *sorted((SHARED / "grid").glob("*.mpg")), "--ckpt", trained, "--json")
+def test_real_faces_are_read_where_a_box_says(trained, capsys):
+    code, out, err = run(capsys, *sorted((SHARED / "grid").glob("*.mpg")), "--ckpt", trained, "--json", "--box", "132,170,96,96")
     assert code == 0 and len(out) == 8 and not err
     assert all(json.loads(line)["tokens"] == 6 + 75 + 38 for line in out)
