@@ -126,8 +126,8 @@ def at_pace(x, pace):
 def batch(clips, streams, rng=None, voices=()):
     """Clips -> {stream: (x, lengths)} as the model reads them, zero-padded: audio (B, M, frames), video (B, 1, T, H, W).
 
-    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), masks in time and frequency,
-    mouths shifted and mirrored. Clips without alignment (real ones, of which there are few) get less babble and another pace."""
+    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), no high frequencies, masks in time and
+    frequency; mouths shifted and mirrored, frames dropped as by a slower camera. Clips without alignment (real ones, of which there are few) get less babble and another pace."""
     features = {}
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
     if "audio" in streams:
@@ -136,6 +136,8 @@ def batch(clips, streams, rng=None, voices=()):
             power = 10 ** torch.from_numpy(clip.mel).float()
             if rng and voices and rng.random() < (0.5 if clip.aligned else 0.25):
                 power = noisy_power(power, voices, rng)
+            if rng and rng.random() < 0.2:
+                power[int(len(power) * rng.uniform(0.7, 1)):] = 0  # as sampled at 6 to 16 kHz
             mel = compress(power)
             if rng:
                 band, moment = rng.randrange(mel.shape[0] - 10), rng.randrange(mel.shape[1])
@@ -147,6 +149,8 @@ def batch(clips, streams, rng=None, voices=()):
         rows = []
         for clip, pace in zip(clips, paces):
             frames = at_pace(torch.from_numpy(clip.frames), pace)
+            if rng and rng.random() < 0.2:
+                frames = frames[[max(0, t - (rng.random() < 0.2)) for t in range(len(frames))]]
             if rng:
                 frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2)).flip([2] * (rng.random() < 0.5))
             rows.append(frames.float() / 255)
@@ -202,13 +206,16 @@ def read_pieces(path, longest, size=32, text="", n_mels=80, streams=("audio", "v
     whole file as one. Its mouths at (size, size), see mouth.py; a stream that it lacks, or that is silent, is None.
 
     Raises ClipError. Where ffmpeg has read past some damage it is a ClipError for a whole, and a note for pieces."""
-    source, steps = media.probe(path, streams), round((longest or MAX_SECONDS + 1) * FPS)
+    source, steps, n_frames = media.probe(path), round((longest or MAX_SECONDS + 1) * FPS), 0
     wanted = ((i, i + steps) for i in count(0, steps))
-    if longest and source.sound:
-        level = media.levels(source)
-        source = replace(source, sound=bool(level.max(initial=-100) > -80))
-        wanted = media.spans(level, steps) if len(level) > steps and source.sound else wanted
-    n_frames = 0
+    level = media.loudness(source) if longest and source.sound else []
+    if len(level) and max(level) < -80:
+        source, level = replace(source, sound=False), []
+    only = media.only(source, streams)
+    if longest and not source.sound and source.seconds > longest:
+        with closing(mouth.mouths(only, size, box, cache)) as frames:
+            level = media.motion(frames)
+    wanted, source = media.spans(level, steps) if len(level) > steps else wanted, only
     with ExitStack() as stack:
         wave = media.samples(stack.enter_context(media.sound(source))) if source.sound else None
         frames = stack.enter_context(closing(mouth.mouths(source, size, box, cache))) if source.picture else None

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -64,8 +64,8 @@ class Source:
     complaints: list[str] = field(default_factory=list)  # of ffmpeg, about damage that it read past
 
 
-def probe(path, streams=("audio", "video")):
-    """What is in the file, of these streams. Raises ClipError where it is no file, no media, or has none of them."""
+def probe(path):
+    """What is in the file. Raises ClipError where it is no file, no media, or has neither sound nor pictures."""
     path = Path(path)
     if not path.is_file():
         raise ClipError(f"{shown(path)}: " + ("not a file" if path.exists() else "no such file"))
@@ -78,16 +78,21 @@ def probe(path, streams=("audio", "video")):
     sound, pictures = any(": Audio: " in line for line in found), bool(sizes)
     if not sound and not pictures:
         raise ClipError(f"{shown(path)}: neither sound nor pictures in it")
-    if pictures and not sizes[0] and "video" in streams:
+    if pictures and not sizes[0]:
         raise ClipError(f"{shown(path)}: pictures of unknown size in it; is it damaged?")
-    if not (sound and "audio" in streams or pictures and "video" in streams):
-        raise ClipError(f"{shown(path)}: has {'no sound' if 'audio' in streams else 'no pictures'}")
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     length = re.search(r"^  Duration: (\d+):(\d+):(\d+)", text, re.M)
     turned = -1 if re.search(r"rotation of -?90", text) else 1
-    return Source(path, float(start[1]) if start else 0., sound and "audio" in streams,
-                  tuple(map(int, sizes[0].groups()))[::turned] if pictures and "video" in streams else None,
+    return Source(path, float(start[1]) if start else 0., sound, tuple(map(int, sizes[0].groups()))[::turned] if pictures else None,
                   sum(int(n) * unit for n, unit in zip(length.groups(), (3600, 60, 1))) if length else 0.)
+
+
+def only(source, streams):
+    """The source without the streams that are not among these; ClipError if none is left."""
+    left = replace(source, sound=source.sound and "audio" in streams, picture=source.picture if "video" in streams else None)
+    if not left.sound and not left.picture:
+        raise ClipError(f"{shown(source.path)}: has {'no sound, or a silent one' if 'audio' in streams else 'no pictures'}")
+    return left
 
 
 class Decoder:
@@ -173,21 +178,28 @@ def pieces(wave, frames, wanted):
 
 # --- long clips ------------------------------------------------------------------------------------------------------
 
-def levels(source):
-    """The loudness of each frame of a source's sound -> (T,) dB below full scale; less than -80 everywhere is no sound."""
+def loudness(source):
+    """Of each frame of a source's sound -> (T,) dB below full scale; less than -80 is no sound."""
     with sound(source) as decoder:
         return np.array([10 * math.log10(np.mean(wave.astype(float) ** 2) + 1e-10) for wave in samples(decoder)])
 
 
+def motion(frames):
+    """Pictures of lips -> (T,) dB: how much each differs from the one before it; what loudness is for clips without sound."""
+    level, last = [], 0.
+    for picture in frames:
+        level.append(10 * math.log10(np.mean((picture - last) ** 2) + 1))
+        last = picture.astype(float)
+    return np.array(level[1:2] + level[1:])
+
+
 def spans(level, longest):
-    """Loudness (T,) in dB -> the spans [(start, end)] in frames that are worth reading, none longer than `longest`.
+    """Loudness or motion (T,) in dB -> the spans [(start, end)] in frames that are worth reading, none longer than `longest`.
 
     They are parted by pauses, which need not be silent but quieter than speech, and keep a little of them. A span that is
     too long is parted where it is quietest, in its second half."""
     floor, top = np.percentile(level, (10, 95))
-    active = np.flatnonzero(level > max(top - 30, floor + 0.3 * (top - floor)))
-    if not len(active):
-        return []
+    active = np.flatnonzero(level > min(top - 3, max(top - 30, floor + 0.3 * (top - floor))))
     gaps = np.flatnonzero(np.diff(active) > PAUSE)
     starts, ends = active[[0, *(gaps + 1)]], active[[*gaps, -1]] + 1
     todo, found = [(max(0, a - MARGIN), min(len(level), b + MARGIN)) for a, b in zip(starts.tolist(), ends.tolist())][::-1], []

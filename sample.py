@@ -228,7 +228,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, tell=No
         task = choose_task(group[0][1], model, task)
         encoded = model.encode(data.to(model.device, data.batch([clip for _, clip in group], TASKS[task])))
         for (start, clip), (ids, logprob, rates, tokens) in zip(group, decode(model, encoded, ladder(task, config, rate), beam)):
-            segments.append({"start": start, "end": start + clip.duration, "text": data.normalize(tokenizer.decode(ids)),
+            segments.append({"start": round(start, 2), "end": round(start + clip.duration, 2), "text": data.normalize(tokenizer.decode(ids)),
                              "audio_rate": rates.get("audio"), "video_rate": rates.get("video"), "tokens": tokens, "logprob": round(logprob, 4)})
             logprobs += [logprob] * (len(ids) + 1)
             if tell:
@@ -327,7 +327,7 @@ def main(argv=None):
     for path in clips:
         try:
             if args.show_crop:
-                mouth.write_sheet(media.probe(path, ("video",)), args.show_crop, args.box)
+                mouth.write_sheet(media.only(media.probe(path), ("video",)), args.show_crop, args.box)
             how = {"ckpt": args.ckpt, "task": args.task, "beam": args.beam, "box": args.box, **where}
             for result in every_rate(path, **how) if args.rate == "all" else [transcribe(path, rate=args.rate, tell=tell, **how)]:
                 say(args, result)
