@@ -167,7 +167,7 @@ def pieces(wave, frames, wanted):
         seen = list(islice(frames, start - at, end - at)) if frames else []
         at, last = end, seen[-1] if seen else last
         if last is not None and wave:
-            if seen and len(seen) < len(heard) <= len(seen) + HELD_FRAMES:
+            if seen and len(seen) < len(heard) <= len(seen) + HELD_FRAMES and len(heard) < end - start:
                 heard = heard[:len(seen)]
             seen += [last] * (len(heard) - len(seen))
             heard += [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (len(seen) - len(heard))

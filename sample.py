@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -71,11 +72,16 @@ def task_rates(task, pairs):
     return [rates for i, rates in enumerate(found) if rates not in found[:i]]
 
 
+def trained_rates(task, config):
+    """The `rates` dicts of a task that the checkpoint of this config was trained at, from the coarsest to the finest."""
+    return sorted(task_rates(task, config["rates"]), key=lambda rates: sum(TOKENS[s] / r for s, r in rates.items()))
+
+
 def ladder(task, config, rate=None):
     """At what to decode -> [(rates, threshold)], see `decode`. `rate` '4', or audio:video '4:2', also one that was never trained;
     None: the finest of those that were. 'auto': the coarsest, then one between the finest and the next: at 3/2 of the finest, a
     third of its tokens are saved and hardly a word is lost (not in the paper). `config`: a checkpoint's."""
-    trained = sorted(task_rates(task, config["rates"]), key=lambda rates: sum(TOKENS[s] / r for s, r in rates.items()))
+    trained = trained_rates(task, config)
     if rate == "auto":
         if config.get("auto", {}).get(task) is None:
             raise ValueError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
@@ -250,10 +256,11 @@ def every_rate(path, ckpt="out", task=None, beam=1, **more):
     """`transcribe` at each trained rate, from the coarsest on, with its `flops` -> yields the dicts."""
     *_, config, _ = load(str(ckpt), **{key: value for key, value in more.items() if key != "box"})
     task = task or transcribe(path, ckpt, None, None, beam, **more)["task"]
-    for pair in sorted(config["rates"], reverse=True):
-        with FlopCounterMode(display=False) as counter:
-            transcribe(path, ckpt, f"{pair[0]}:{pair[1]}", task, beam, **more)
-        yield transcribe(path, ckpt, f"{pair[0]}:{pair[1]}", task, beam, **more) | {"flops": counter.get_total_flops()}
+    for rates in trained_rates(task, config):
+        rate = f"{rates.get('audio', 1)}:{rates.get('video', 1)}"
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # of which it counts the products
+            transcribe(path, ckpt, rate, task, beam, **more)
+        yield transcribe(path, ckpt, rate, task, beam, **more) | {"flops": counter.get_total_flops()}
 
 
 def write_srt(path, segments):

@@ -1,0 +1,145 @@
+"""python -m pytest tests/test_mouth.py: from a face to its mouth; real faces where mediapipe is installed."""
+import contextlib
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from conftest import SHARED, ffmpeg
+
+import data
+import media
+import mouth
+from media import ClipError
+
+
+def source(tmp_path, size="320x240", seconds=1):
+    path = tmp_path / f"{size}.mp4"
+    ffmpeg("-f", "lavfi", "-i", f"testsrc=size={size}:rate=25:duration={seconds}", path)
+    return media.probe(path)
+
+
+def face(x=0., y=0., scale=1., turn=0.):
+    """Landmarks (P,) of the mean face, turned, scaled and moved; the lips' own are 20 pixels about the mouth."""
+    points = np.append(mouth.MEAN_FACE, mouth.MEAN_FACE[3] + np.array([-20, 20, -8j, 8j]))
+    return points * scale * np.exp(1j * turn) + complex(x, y)
+
+
+# --- the geometry ---
+
+@pytest.mark.parametrize("scale, turn", ((1, 0), (.5, .3), (3, -.5)))
+def test_alignment_undoes_a_similarity(scale, turn):
+    a, b = mouth.alignment(face(30, -20, scale, turn))
+    assert np.allclose(a * face(30, -20, scale, turn) + b, face())
+
+
+def test_crop_is_the_same_however_the_face_is_turned_and_large():
+    def picture(points):
+        """A dark disc of a sixth of the crop about the mouth, brighter to the right of it, on the transformed plane."""
+        a, b = mouth.alignment(points)
+        y, x = np.mgrid[:768, :768] + .5
+        z = a * (x + 1j * y) + b - mouth.MEAN_FACE[3]
+        return np.where(abs(z) < 16, 20, 120 + np.clip(z.real, -100, 100)).astype(np.uint8)
+
+    crops = [mouth.crop(picture(points), points, 96).astype(int) for points in (face(200, 200), face(150, 100, 2, .2), face(300, 250, .6, -.3))]
+    assert crops[0].shape == (96, 96) and (crops[0][46:50, 46:50] == 20).all() and crops[0][48, 90] > crops[0][48, 5] + 60
+    assert all(np.abs(crop - crops[0]).mean() < 3 for crop in crops)
+    assert mouth.crop(picture(face(200, 200)), face(200, 200), 32).shape == (32, 32)
+
+
+def test_smoothing_and_gaps(tmp_path, capsys):
+    clip = source(tmp_path)
+    assert np.allclose(mouth.smoothed(np.stack([face(x) for x in range(40)]))[20], face(20.5 - 1), atol=1.1)
+    assert np.allclose(mouth.smoothed(np.stack([face(5)] * 3)), face(5))
+    track = {t: face(t) for t in range(40) if not 10 <= t < 20}
+    assert np.allclose(mouth.filled(track, 40, clip), np.stack([face(t) for t in range(40)]))
+    assert "no face in frames 10-19 of 40" in capsys.readouterr().err
+    with pytest.raises(ClipError, match="no face in frames 3, 10-29 of 40"):
+        mouth.filled({t: face(t) for t in range(40) if not 10 <= t < 30 and t != 3}, 40, clip)
+
+
+def test_the_largest_face_on_average(tmp_path, capsys):
+    clip = source(tmp_path)
+    faces = [[face(0, 0, .5), face(300, 0, 1)] if t % 2 else [face(300 + t, 0, 1), face(0, 0, .5)] for t in range(20)]
+    faces[7] = [face(0, 0, .5)]
+    found = mouth.largest(faces, clip)
+    assert sorted(found) == [t for t in range(20) if t != 7] and all(points[0].real > 350 for points in found.values())
+    assert "2 faces; read is the one largest on average" in capsys.readouterr().err
+    with pytest.raises(ClipError, match="no face in any of its frames, 0-2"):
+        mouth.largest([[], [], []], clip)
+
+
+# --- files ---
+
+@contextlib.contextmanager
+def detector(source):
+    """In place of mediapipe: a face in the middle of every picture."""
+    class Found:
+        def __init__(self):
+            landmark = [type("Landmark", (), {"x": 0, "y": 0}) for _ in range(400)]
+            for vertices, z in zip(mouth.POINTS.values(), face(256, 256)):
+                for i in vertices:
+                    landmark[i] = type("Landmark", (), {"x": z.real / mouth.VIEW, "y": z.imag / mouth.VIEW})
+            self.landmark = landmark
+
+    class Mesh:
+        def process(self, picture):
+            assert picture.shape == (mouth.VIEW, mouth.VIEW, 3)
+            return type("Result", (), {"multi_face_landmarks": [Found()]})
+    yield Mesh()
+
+
+def test_a_face_is_found_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(mouth, "face_mesh", detector)
+    clip = source(tmp_path)
+    first = data.read_clip(clip.path, size=48, cache=tmp_path / "crops").frames
+    assert first.shape == (25, 48, 48) and first.std() > 5 and len(list((tmp_path / "crops").iterdir())) == 1
+    monkeypatch.setattr(mouth, "face_mesh", None)
+    assert np.array_equal(data.read_clip(clip.path, size=48, cache=tmp_path / "crops").frames, first)
+
+
+def test_contact_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(mouth, "face_mesh", detector)
+    clip = source(tmp_path, seconds=2)
+    mouth.write_sheet(clip, tmp_path / "sheet.png")
+    sheet = imageio.imread(tmp_path / "sheet.png")
+    assert sheet.shape == (4 * 96, 15 * 96, 3)
+    assert (sheet[48, 48] == (60, 255, 60)).all() and not (sheet[3 * 96:, 6 * 96:].any())  # a landmark; 50 cells of 60
+    mouth.write_sheet(clip, tmp_path / "box.png", (0, 0, 100, 100))
+    assert not (imageio.imread(tmp_path / "box.png")[48, 48] == (60, 255, 60)).all()
+
+
+def test_boxes(tmp_path):
+    clip = source(tmp_path)
+    whole = np.stack(list(mouth.mouths(clip, 240, "all")))
+    assert whole.shape == (25, 240, 240)
+    cut, = {picture.shape for picture in mouth.mouths(clip, 64, (10, 20, 64, 64))}
+    assert cut == (64, 64)
+    with pytest.raises(ClipError, match="--box 300,0,64,64 reaches beyond its pictures of 320x240"):
+        list(mouth.mouths(clip, 64, (300, 0, 64, 64)))
+    assert mouth.parse_box("1,2,30,40") == (1, 2, 30, 40)
+    for text in ("", "1,2,3", "a,b,c,d", "-1,0,64,64", "0,0,4,64"):
+        with pytest.raises(ValueError, match="--box"):
+            mouth.parse_box(text)
+
+
+def test_small_squares_are_mouths_and_others_need_the_extra(tmp_path, monkeypatch):
+    assert mouth.is_mouth(source(tmp_path, "112x112")) and not mouth.is_mouth(source(tmp_path, "112x96")) and not mouth.is_mouth(source(tmp_path, "128x128"))
+    monkeypatch.setitem(__import__("sys").modules, "mediapipe", None)
+    with pytest.raises(ClipError, match="pip install -r requirements-face.txt; or .* --box x,y,w,h; or .* --task asr") as told:
+        data.read_clip(source(tmp_path).path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real GRID clips beside the project")
+def test_real_faces(tmp_path, capfd):
+    pytest.importorskip("mediapipe")
+    for path in sorted((SHARED / "grid").glob("*.mpg")):
+        clip = media.probe(path)
+        points = mouth.find(clip)
+        frames = np.stack(list(mouth.crops(clip, 96, points)))
+        assert frames.shape == (75, 96, 96)
+        for t in range(75):  # the corners of the mouth are in the middle half of the crop's width, its middle in the middle
+            a, _ = mouth.alignment(points[t])
+            right, left, upper, lower = a * (points[t][4:] - points[t][3])
+            assert 24 < left.real - right.real < 58 and abs(right.real + left.real) < 12 and -20 < upper.imag < 0 < lower.imag < 24, (path.name, t)
+    assert capfd.readouterr().err.strip() == ""
