@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from folders import Entry, folder_clips, read, transcript
+import data
+from folders import Entry, entries, folder_clips, read, transcript
 from media import ClipError
 
 
@@ -74,3 +75,70 @@ def test_folder_errors(tmp_path):
         folder_clips(tmp_path, max_bad=100)
 
 
+
+
+# --- layouts ---
+
+def test_manifest(tmp_path, capsys):
+    for name in ("a b.wav", "c.wav", "deep/d.wav", "e.wav", "unlisted.wav"):
+        write_tone(tmp_path / name, "")
+    (tmp_path / "manifest.csv").write_text('\ufeffpath,text,split,talker\na b.wav,"One, two!",train,ann\nc.wav,three,test,bob\ndeep/d.wav,four,train,ann\ne.wav,five,val,eve\n', "utf-8")
+    clips = folder_clips(tmp_path)
+    assert names(clips) == {"train": ["a b.wav", "d.wav"], "test": ["c.wav"]} and clips["train"][0].text == "one two"
+    (tmp_path / "manifest.csv").write_text("path,text,talker\na b.wav,one,ann\nc.wav,two,bob\ndeep/d.wav,three,ann\ne.wav,four,ann\n")
+    found = {entry.path.name: entry.part for entry in entries(tmp_path)}
+    assert found["a b.wav"] == found["d.wav"] == found["e.wav"] != found["c.wav"]  # a talker is in one part
+    for text, message in (("file,text\na.wav,x\n", "manifest.csv: no column 'path'"), ("path\na.wav\n", "no column 'text'"),
+                          ("", "no column 'path'"), ("path,text\n", "no clips here")):
+        (tmp_path / "manifest.csv").write_text(text)
+        with pytest.raises(ClipError, match=message):
+            entries(tmp_path)
+    (tmp_path / "manifest.csv").write_bytes(b"path,text\na.wav,caf\xe9\n")
+    with pytest.raises(ClipError, match="manifest.csv: not a table in UTF-8"):
+        entries(tmp_path)
+    (tmp_path / "manifest.csv").write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\nc.wav,,train\n")
+    folder_clips(tmp_path, max_bad=50)
+    told = capsys.readouterr().err
+    assert "gone.wav: no such file" in told and "c.wav: no words" in told
+
+
+def test_grid_as_downloaded(tmp_path):
+    align = "0 100 sil\n100 200 bin\n200 300 blue\n"
+    for talker, where in (("s1", "s1/align"), ("s2", "align"), ("s3", "align/s3"), ("s4", "s4")):
+        write_tone(tmp_path / talker / f"{talker}a.wav", "")
+        (tmp_path / where).mkdir(parents=True, exist_ok=True)
+        (tmp_path / where / f"{talker}a.align").write_text(align)
+    for entry in entries(tmp_path):
+        assert read(entry).text == "bin blue", entry
+    assert {entry.talker for entry in entries(tmp_path)} == {"s1", "s2", "s3", "s4"}
+
+
+def test_lrs_parts(tmp_path):
+    for name in ("trainval/p1/00001.wav", "pretrain/p1/00002.wav", "pretrain/p2/00001.wav", "test/p3/00001.wav", "val/p4/00001.wav"):
+        write_tone(tmp_path / name, f"Text:  SAYS {name}\nConf:  4\n")
+    clips = folder_clips(tmp_path)
+    assert {part: len(found) for part, found in clips.items()} == {"train": 3, "test": 1} and clips["test"][0].text.startswith("says test p3")
+
+
+def test_max_bad(tmp_path):
+    for i in range(40):
+        write_tone(tmp_path / f"{i:02}.wav", f"number {i}" if i > 1 else "")
+    with pytest.raises(ClipError, match="2 of 40 clips cannot be used so far, and no more than --max-bad 4 %"):
+        folder_clips(tmp_path, max_bad=4)
+    assert sum(map(len, folder_clips(tmp_path, max_bad=5).values())) == 38
+
+
+def test_check(tmp_path, capsys):
+    for talker in ("ann", "bob"):
+        for i in range(3):
+            write_tone(tmp_path / talker / f"{i}.wav", f"{talker} says {i}")
+    assert data.main(["check", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "6 clips can be used, 3 test, 3 train; 0 cannot" in told and "1.0 the median" in told and "talkers: 2" in told and "6 audio" in told
+    (tmp_path / "ann/0.wav").write_bytes(b"")
+    (tmp_path / "bob/1.txt").unlink()
+    assert data.main(["check", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "4 clips can be used" in told and "bad: " in told and "0.wav: not readable" in told and "1.wav: no transcript" in told
+    assert data.main(["check", str(tmp_path / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err

@@ -1,20 +1,23 @@
 """python -m pytest tests/test_train.py: the two commands, their flags, their files, wrong use."""
 import json
+import math
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jiwer
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, TRAINED, ffmpeg
 from safetensors.torch import load_file
 
 import data
+import evaluate
+import media
 import pretrain
 import sample
 import train
-from evaluate import evaluate, fixed_rates
 
 TINY = "--clips 12 --valid-clips 6 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
@@ -205,11 +208,76 @@ def test_sample_rates_tasks_and_beam(trained, capsys):
         assert answer["tokens"] == tokens
 
 
+def test_sample_rate_auto_and_all(trained, capsys):
+    clip = next((trained / "samples").glob("*.mp4"))
+    code, lines, _ = run(capsys, "--ckpt", trained, clip, "--rate", "all")
+    assert code == 0 and [line.split()[:2] for line in lines] == [["rate", "4:8"], ["rate", "2:2"]]
+    flops = [float(re.search(r"([\d.]+) GFLOPs", line)[1]) for line in lines]
+    assert 0 < flops[0] < flops[1] and "x real time" in lines[0]
+    code, lines, _ = run(capsys, "--ckpt", trained, clip, "--rate", "all", "--task", "vsr", "--json")
+    assert code == 0 and [json.loads(line)["video_rate"] for line in lines] == [8, 2] and json.loads(lines[0])["flops"] > 1e6
+    model, config, _ = sample.load(str(trained))
+    assert set(config["auto"]) == set(sample.TASKS) and config["longest"] > 1
+    for threshold, rates, passes in ((-1e9, (4, 8), [(4, 8)]), (1e9, (3, 3), [(4, 8), (3, 3)])):  # never and always in doubt
+        config["auto"]["avsr"] = threshold
+        answer = sample.transcribe(clip, str(trained), rate="auto")
+        assert (answer["audio_rate"], answer["video_rate"]) == rates
+        assert answer["tokens"] == sum(sample.transcribe(clip, str(trained), rate=f"{a}:{v}")["tokens"] for a, v in passes)
+    del config["auto"]
+    with pytest.raises(ValueError, match="no threshold for avsr; train it with --valid-every"):
+        sample.transcribe(clip, str(trained), rate="auto")
+    sample.load.cache_clear()
+
+
+def test_decode_goes_on_only_with_the_clips_in_doubt(tiny, talker_clips):
+    encoded = tiny.encode(data.batch(talker_clips, ["audio", "video"]))
+    coarse, fine = {"audio": 8, "video": 4}, {"audio": 2, "video": 1}
+    first, second = (sample.decode(tiny, encoded, [(rates, -math.inf)]) for rates in (coarse, fine))
+    threshold = sorted(logprob for _, logprob, *_ in first)[2]
+    both = sample.decode(tiny, encoded, [(coarse, threshold), (fine, -math.inf)])
+    for a, b, c in zip(first, second, both):
+        ids, logprob, rates, _ = a if a[1] >= threshold else b
+        assert (c[0], c[2]) == (ids, rates) and c[1] == pytest.approx(logprob) and c[3] == a[3] + (b[3] if a[1] < threshold else 0)
+    assert [c[2] for c in both].count(fine) == 2
+
+
+def test_calibration(tiny, talker_clips, monkeypatch):
+    """With a decoder whose doubt is right: the clips it gets wrong at the coarse rate are decoded again, no others."""
+    def fake(model, clips, plan, snrs, *_):
+        wrong = {clip.name: i % 4 == 0 for i, clip in enumerate(clips)}
+        return {(task, i, snr): [("a b", "a c" if wrong[clip.name] and steps[0][0] == {"audio": 8} else "a b", -1. if wrong[clip.name] else -.1 - .001 * n,
+                                  100 // steps[0][0]["audio"]) for n, clip in enumerate(clips)] for (task, i), steps in plan.items() for snr in snrs}
+    monkeypatch.setattr(evaluate, "answers", fake)
+    clips = [replace(talker_clips[0], name=str(i)) for i in range(40)]
+    threshold = evaluate.calibrate(tiny, clips, ["asr"], [(2, 2), (4, 4), (8, 8)], None, "cpu")["asr"]
+    assert -1 < threshold <= -.1
+
+
+def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
+    model, config, _ = sample.load(str(trained))
+    clips = [data.talker_clip(("test", i, 0, 64, True)) for i in range(10)]
+    media.write_mp4(tmp_path / "long.mp4", np.concatenate([clip.frames for clip in clips]), np.concatenate([clip.wave for clip in clips]))
+    heard = []
+    answer = sample.transcribe(tmp_path / "long.mp4", str(trained), tell=heard.append)
+    assert heard == answer["segments"] and len(heard) >= 8 and answer["text"] == " ".join(s["text"] for s in heard if s["text"])
+    assert all(a["start"] < a["end"] <= b["start"] for a, b in zip(heard, heard[1:])) and heard[-1]["end"] <= sum(clip.duration for clip in clips)
+    assert answer["tokens"] == sum(segment["tokens"] for segment in heard)
+    code, out, err = run(capsys, "--ckpt", trained, tmp_path / "long.mp4", "--srt", tmp_path / "long.srt")
+    assert code == 0 and out == [answer["text"]]
+    assert (tmp_path / "long.srt").is_file()
+    with pytest.raises(SystemExit):
+        sample.main(["--srt", "x.srt", "a.mp4", "b.mp4"])
+    sample.write_srt(tmp_path / "b.srt", [{"start": 3661.5, "end": 3662.25, "text": "a"}, {"start": 3663, "end": 3664, "text": ""},
+                                            {"start": 3664, "end": 3665, "text": "b " * 30}])
+    assert (tmp_path / "b.srt").read_text().splitlines() == [
+        "1", "01:01:01,500 --> 01:01:02,250", "a", "", "2", "01:01:04,000 --> 01:01:05,000", ("b " * 21).strip(), ("b " * 9).strip()]
+
+
 def test_sample_agrees_with_training(trained):
     model, config, tokenizer = sample.load(str(trained))
     clip = sorted((trained / "samples").glob("*.mp4"))[0]
     answer = sample.transcribe(clip, trained, rate="4:8")
-    row = evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], fixed_rates(["avsr"], [(4, 8)]), [None], tokenizer, "cpu")[0]
+    row = evaluate.evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], evaluate.fixed_rates(["avsr"], [(4, 8)]), [None], tokenizer, "cpu")[0]
     assert row["wer"] == jiwer.wer("bin blue at f two now", answer["text"])
 
 
