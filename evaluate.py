@@ -11,9 +11,8 @@ import data
 from sample import TASKS, decode, ladder, task_rates, task_streams
 
 TEST_BATCH = 50                 # hypotheses decoded together
-CALIBRATION_SNRS = [None, 0.]
-TOLERANCE = 0.001               # of WER
-NEVER = 1e9                     # no log-probability is high enough
+CALIBRATION_SNRS = [None, 5., 0.]
+LOSS = 0.0015
 
 
 def parse_snrs(text):
@@ -103,28 +102,19 @@ def table(rows):
 # --- the threshold of --rate auto ------------------------------------------------------------------------------------
 
 def calibrate(model, clips, tasks, pairs, tokenizer, device):
-    """{task: threshold of `ladder`'s auto}: of those with which the WER of `clips`, clean and at 0 dB, is at most TOLERANCE above
-    what it is at the finest rate (or above what deciding for the finer of the two rates can reach), the one that reads the
-    fewest tokens (not in the paper)."""
+    """{task: the threshold of `sample.ladder`'s auto}: the lowest with which the `clips` that are left at the coarse rate, clean and in
+    babble, lose by it at most LOSS of all words (not in the paper)."""
     thresholds = {}
     for task in tasks:
-        steps = ladder(task, {"rates": pairs, "auto": {task: NEVER}}, "auto") + ladder(task, {"rates": pairs})
-        found = answers(model, clips, {(task, i): [(rates, NEVER)] for i, (rates, _) in enumerate(steps)}, CALIBRATION_SNRS, tokenizer, device)
-        noises = list(dict.fromkeys(snr for *_, snr in found))
-        told = [[answer for snr in noises for answer in found[task, i, snr]] for i in range(len(steps))]  # (rates, noises * clips)
-        errors = np.array([[wrong_words(reference, hypothesis) for reference, hypothesis, *_ in at_rate] for at_rate in told])
-        logprobs, tokens = (np.array([[answer[i] for answer in at_rate] for at_rate in told]) for i in (2, 3))
-
-        def outcome(threshold):
-            """Errors in each noise and all tokens read, if the clips below the threshold are decoded again."""
-            again = logprobs[0] < threshold
-            return np.where(again, errors[-2], errors[0]).reshape(len(noises), -1).sum(1), (tokens[0] + again * tokens[-2]).sum()
-
-        words = sum(len(reference.split()) for reference, *_ in told[0]) / len(noises)
-        allowed = np.maximum(errors[-1].reshape(len(noises), -1).sum(1), outcome(NEVER)[0]) + TOLERANCE * words
-        good = [threshold for threshold in (-NEVER, *np.quantile(logprobs[0], np.linspace(0, 1, 101)), NEVER)
-                if (outcome(threshold)[0] <= allowed).all()]
-        thresholds[task] = float(min(good, key=lambda threshold: outcome(threshold)[1]))
+        steps = ladder(task, {"rates": pairs, "auto": {task: 0}}, "auto")
+        plan = {(task, i): [(rates, -math.inf)] for i, (rates, _) in enumerate(steps)}
+        found = answers(model, clips, plan, CALIBRATION_SNRS, tokenizer, device)
+        coarse, fine = ([answer for snr in CALIBRATION_SNRS for answer in found.get((task, i, snr), ())] for i in (0, len(steps) - 1))
+        logprobs = np.array([logprob for *_, logprob, _ in coarse])
+        surest = np.argsort(-logprobs, kind="stable")
+        lost = np.array([wrong_words(*a[:2]) - wrong_words(*b[:2]) for a, b in zip(coarse, fine)])[surest].cumsum()
+        left = np.flatnonzero(lost <= LOSS * sum(len(reference.split()) for reference, *_ in coarse))
+        thresholds[task] = float(logprobs[surest[left[-1]]]) if len(left) else 0.  # 0: all are in doubt
     return thresholds
 
 

@@ -93,7 +93,7 @@ class TrainConfig:
     lr: float = flag(1.5e-3, "training", "peak learning rate of stage 3")
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
-    valid_clips: int = flag(200, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
+    valid_clips: int = flag(300, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
     audio_steps: int = flag(400, "training", "of stage 1, the audio encoder")
     video_steps: int = flag(350, "training", "of stage 1, the video encoder")
