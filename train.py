@@ -316,6 +316,7 @@ def run(config):
             if not set(TASKS[task]) <= set(model.streams):
                 raise ClipError(f"{out}: this model reads {' and '.join(model.streams)} only, not what {task} needs")
     else:
+        torch.manual_seed(config.seed)
         parts = read_parts(paths, dtype_on(device), {name: getattr(config, name) for name in EXPERTS}, config.pad_audio)
         known = identify(paths)
         audio, video = (parts[stream].config if stream in parts else None for stream in ("audio", "video"))

@@ -4,10 +4,13 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import data
@@ -183,6 +186,19 @@ def test_padded_clips_are_what_whisper_was_trained_on(tmp_path):
 
 
 # --- what is kept of the clips ---
+
+def test_two_runs_may_share_a_cache(parts, tmp_path):
+    """Two processes that begin at once on an empty cache: each ends well, and the files are those that one makes."""
+    argv = [*flags(parts), "--cache", str(tmp_path / "cache")]
+    runs = [subprocess.Popen([sys.executable, "train.py", *argv, "--out", str(tmp_path / name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for name in ("a", "b")]
+    assert [(run.wait(), "Traceback" in run.communicate()[1]) for run in runs] == [(0, False)] * 2
+    files = {p.name: p.read_bytes() for p in (tmp_path / "cache/features").rglob("*") if p.is_file()}
+    assert len(files) == 16 and all(not name.startswith(".") for name in files)  # 4 clips, 2 streams, each as it is and augmented
+    assert train.main([*flags(parts), "--cache", str(tmp_path / "one"), "--out", str(tmp_path / "c")]) == 0
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "one/features").rglob("*") if p.is_file()}
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}) == 1
+
 
 @pytest.fixture
 def kept(parts, tmp_path):
