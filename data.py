@@ -136,8 +136,8 @@ def batch(clips, streams, rng=None, voices=()):
             power = 10 ** torch.from_numpy(clip.mel).float()
             if rng and voices and rng.random() < (0.5 if clip.aligned else 0.25):
                 power = noisy_power(power, voices, rng)
-            if rng and rng.random() < 0.12:
-                power[int(len(power) * rng.uniform(0.7, 1)):] = 0  # as sampled at 6 to 16 kHz
+            if rng and rng.random() < 0.08:
+                power[int(len(power) * rng.uniform(0.78, 1)):] = 0  # as sampled at 8 to 16 kHz
             mel = compress(power)
             if rng:
                 band, moment = rng.randrange(mel.shape[0] - 10), rng.randrange(mel.shape[1])
@@ -149,7 +149,7 @@ def batch(clips, streams, rng=None, voices=()):
         rows = []
         for clip, pace in zip(clips, paces):
             frames = at_pace(torch.from_numpy(clip.frames), pace)
-            if rng and rng.random() < 0.12:
+            if rng and rng.random() < 0.1:
                 frames = frames[[max(0, t - (rng.random() < 0.2)) for t in range(len(frames))]]
             if rng:
                 frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2)).flip([2] * (rng.random() < 0.5))

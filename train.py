@@ -340,7 +340,8 @@ def run(config):
              and set(map(tuple, saved["rates"])) <= set(pairs)}
     rows = evaluate(model, clips["test"], plan, parse_snrs(config.snr), tokenizer, device, config.beam)
     watch.lap("test")
-    write_json(out / "metrics.json", {"rows": rows, "seconds": watch, "config": asdict(config)})
+    write_json(out / "metrics.json", {"rows": [row for row in rows if row["audio_rate"] != "auto"], "seconds": watch, "config": asdict(config),
+                                      "auto": [row for row in rows if row["audio_rate"] == "auto"]})
     print(table(rows))
     print("; ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
 
