@@ -30,6 +30,8 @@ def write_whole(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # of which nobody asked for the temporary one
     finally:
         temporary.unlink(missing_ok=True)
 

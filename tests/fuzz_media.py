@@ -1,0 +1,117 @@
+"""python tests/fuzz_media.py [--count 2000] [--seed 0]: read damaged media files, each made from a good one by a seeded mutation.
+
+Each must be read, or refused with a ClipError, within 30 s and 2 GB, ffmpeg's memory included. What is not so is kept and named,
+and the exit code is 1. Not part of the default test run: it takes some minutes.
+"""
+import argparse
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from conftest import ffmpeg
+from tqdm import tqdm
+
+import data
+import media
+
+SECONDS, GIGABYTES = 30, 2
+KINDS = {"mp4": "-c copy", "front.mp4": "-c copy -movflags faststart", "mkv": "-c copy", "ts": "-c copy", "mov": "-c:v mpeg4 -c:a pcm_s16le",
+         "avi": "-c:v mpeg4 -c:a mp3", "mpg": "-c:v mpeg2video -q:v 3 -c:a mp2", "webm": "-c:v vp8 -b:v 300k -c:a libopus", "wav": "-vn", "flac": "-vn",
+         "mp3": "-vn", "ogg": "-vn -c:a libvorbis"}
+
+
+def originals(folder):
+    """A clip of the synthetic talker in every container -> paths."""
+    clip = data.talker_clip(("train", 0, 0, 32, True))
+    media.write_mp4(folder / "original.mp4", clip.frames, clip.wave)
+    for kind, options in KINDS.items():
+        ffmpeg("-i", folder / "original.mp4", *options.split(), folder / f"clip.{kind}")
+    return sorted(folder.glob("clip.*"))
+
+
+def mutate(content, other, rng):
+    """Bytes -> the same with 1 to 8 mutations, many of them in the first kilobyte, where the headers are."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
+        at = rng.randrange(min(len(content), 1024) if rng.random() < 0.5 else len(content))
+        n = min(rng.choice((1, 2, 4, 16, 256, 4096)), len(content) - at)
+        kind = rng.randrange(8)
+        if kind == 0:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            content[at:at + n] = rng.randbytes(n)
+        elif kind == 2:
+            content[at:at + n] = rng.choice((b"\0", b"\xff", b"\x7f", b"\x80")) * n
+        elif kind == 3:
+            del content[at:at + n]
+        elif kind == 4:
+            content[at:at] = content[at:at + n] * rng.choice((1, 2, 50))
+        elif kind == 5:
+            content[at:at + n] = other[at:at + n]
+        elif kind == 6:
+            del content[at:]
+        else:
+            content[at:at + 4] = rng.choice((0, 1, 2 ** 31 - 1, 2 ** 32 - 1, rng.randrange(2 ** 32))).to_bytes(4, rng.choice(("big", "little")))
+        content = content or bytearray(1)
+    return bytes(content)
+
+
+def late(*_):
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def read(i, paths, folder, seed):
+    """Make mutant number i and read it -> what came of it, the path of the mutant, memory so far in GB."""
+    rng = random.Random(f"{seed} {i}")
+    source, other = rng.choice(paths), rng.choice(paths)
+    mutant = folder / f"mutant{i:05}.{source.name.rpartition('.')[2]}"
+    mutant.write_bytes(mutate(source.read_bytes(), other.read_bytes(), rng))
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        pieces = list(data.read_pieces(mutant, rng.choice((None, 2.)), box="all"))
+        result = "read" if pieces else "nothing was read, and nothing said"
+    except media.ClipError as error:
+        result = "refused" if str(error).count("\n") == 0 and str(mutant) in str(error) else f"said {error!r}"
+    except BaseException:
+        result = traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2 ** 20
+    if used > GIGABYTES:
+        result = f"{used:.1f} GB of memory by now"
+    if result in ("read", "refused"):
+        mutant.unlink()
+    return result, mutant, used
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="mutants (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    args = parser.parse_args()
+    folder, counts, most = Path(tempfile.mkdtemp(prefix="fuzz")), Counter(), 0
+    task = partial(read, paths=originals(folder), folder=folder, seed=args.seed)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as workers:
+        for result, mutant, used in tqdm(workers.map(task, range(args.count)), "fuzz", args.count, mininterval=5):
+            counts[result if result in ("read", "refused") else "failed"] += 1
+            most = max(most, used)
+            if result not in ("read", "refused"):
+                tqdm.write(f"{mutant}: {result}")
+    print(f"{args.count} mutants of seed {args.seed}: " + ", ".join(f"{n} {what}" for what, n in counts.items()) + f"; at most {most:.2f} GB")
+    if not counts["failed"]:
+        shutil.rmtree(folder)
+    return int(counts["failed"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
