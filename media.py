@@ -63,6 +63,11 @@ class Source:
     seconds: float                          # as the file says
     complaints: list[str] = field(default_factory=list)  # of ffmpeg, about damage that it read past
 
+    @property
+    def most(self):
+        """Seconds that a file of its size can last: damaged time stamps can pretend to years of silence."""
+        return 20 + os.path.getsize(self.path) / 250
+
 
 def probe(path):
     """What is in the file. Raises ClipError where it is no file, no media, or has neither sound nor pictures."""
@@ -80,6 +85,8 @@ def probe(path):
         raise ClipError(f"{shown(path)}: neither sound nor pictures in it")
     if pictures and not sizes[0]:
         raise ClipError(f"{shown(path)}: pictures of unknown size in it; is it damaged?")
+    if sound and not all(1000 < int(hertz) < 1_000_000 for hertz in re.findall(r": Audio: .* (\d+) Hz", text)):
+        raise ClipError(f"{shown(path)}: sound of an impossible sampling rate in it; is it damaged?")
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     length = re.search(r"^  Duration: (\d+):(\d+):(\d+)", text, re.M)
     turned = -1 if re.search(r"rotation of -?90", text) else 1
@@ -99,11 +106,9 @@ class Decoder:
     """ffmpeg at work on a source, in a with-block: `read` what it writes. Raises ClipError where it fails, or runs away."""
 
     def __init__(self, source, *options):
-        size = os.path.getsize(source.path)
         self.source, self.said = source, tempfile.TemporaryFile()
-        self.most = 20 + size / 250           # seconds: damaged time stamps can pretend to years of silence
         self.process = subprocess.Popen(
-            [FFMPEG, "-v", "error", "-nostdin", "-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + size // 10_000),
+            [FFMPEG, "-v", "error", "-nostdin", "-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.most / 40)),
              "-copyts", "-i", f"file:{source.path}", *options, "pipe:1"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.said)
 
@@ -117,14 +122,14 @@ class Decoder:
 
     def frames(self, n_bytes):
         """Yield what it writes, `n_bytes` for each 25th of a second; the last may be shorter."""
-        for i in range(int(self.most * FPS)):
+        for i in range(int(self.source.most * FPS)):
             part = self.process.stdout.read(n_bytes)
             if part:
                 yield part
             if len(part) < n_bytes:
                 break
         else:
-            raise ClipError(f"{shown(self.source.path)}: its time stamps span more than {self.most:.0f} s, too much for a file of "
+            raise ClipError(f"{shown(self.source.path)}: its time stamps span more than {self.source.most:.0f} s, too much for a file of "
                             "its size; it is damaged: write it anew with ffmpeg")
         failed = self.process.wait()
         self.said.seek(0)
@@ -134,15 +139,21 @@ class Decoder:
         self.source.complaints.extend([complaint] if complaint else [])
 
 
+def within(source):
+    """The filter that brings time stamps beyond all reason to just beyond the last that `Decoder` takes, lest ffmpeg fill memory."""
+    last = source.start + source.most + 1
+    return f"setpts='if(gt(T,{last}),{last}/TB,PTS)'"
+
+
 def sound(source):
     """-> a Decoder of mono float32 sound; its `frames` are of 4 * 640 bytes."""
-    resample = f"aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)},aformat=channel_layouts=mono"
+    resample = f"a{within(source)},aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)},aformat=channel_layouts=mono"
     return Decoder(source, "-map", "0:a:0", "-af", resample, "-f", "f32le")
 
 
 def pictures(source, filters, pixels="gray"):
     """-> a Decoder of pictures, passed through these ffmpeg filters."""
-    steady = f"scale=iw*sar:ih,setsar=1,{filters},fps={FPS}:start_time={source.start},format={pixels}"
+    steady = f"{within(source)},scale=iw*sar:ih,setsar=1,{filters},fps={FPS}:start_time={source.start},format={pixels}"
     return Decoder(source, "-map", "0:V:0", "-vf", steady, "-f", "rawvideo")
 
 

@@ -69,12 +69,18 @@ def late(*_):
     raise TimeoutError(f"more than {SECONDS} s")
 
 
+def peak():
+    """Gigabytes that this process, or the largest ffmpeg that it has started, has ever had."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2 ** 20
+
+
 def read(i, paths, folder, seed):
-    """Make mutant number i and read it -> what came of it, the path of the mutant, memory so far in GB."""
+    """Make mutant number i and read it -> what came of it, the path of the mutant, the most memory so far in GB."""
     rng = random.Random(f"{seed} {i}")
     source, other = rng.choice(paths), rng.choice(paths)
     mutant = folder / f"mutant{i:05}.{source.name.rpartition('.')[2]}"
     mutant.write_bytes(mutate(source.read_bytes(), other.read_bytes(), rng))
+    before = peak()
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
@@ -86,9 +92,9 @@ def read(i, paths, folder, seed):
         result = traceback.format_exc()
     finally:
         signal.alarm(0)
-    used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2 ** 20
-    if used > GIGABYTES:
-        result = f"{used:.1f} GB of memory by now"
+    used = peak()
+    if used > max(GIGABYTES, before):
+        result = f"{used:.1f} GB of memory"
     if result in ("read", "refused"):
         mutant.unlink()
     return result, mutant, used
