@@ -17,7 +17,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count as endless, islice
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +64,14 @@ def talker_clip(job):
     return with_mel(Clip(f"talker{person:04d}_{delivery:05d}", text, wave, frames, aligned=aligned), keep_wave)
 
 
-def talker_clips(part, count, seed, size=32):
-    """`count` clips of the part's talkers and sentences, the same however many processes make them."""
-    jobs = [(part, i, seed, size, part == "test") for i in range(count)]
-    n_workers = min(8, count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+def talker_clips(counts, seed, size=32):
+    """{part: how many} -> {part: so many clips of its talkers and sentences}, the same however many processes make them.
+    Training's have no waves: its babble is cheaper, see `noisy_power`."""
+    jobs = [(part, i, seed, size, part != "train") for part, count in counts.items() for i in range(count)]
+    n_workers = min(8, len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with processes(n_workers, 1) as workers:
-        return list(tqdm(workers.map(talker_clip, jobs, chunksize=20), f"{part} clips", count, leave=False))
+        made = iter(tqdm(workers.map(talker_clip, jobs, chunksize=20), "clips", len(jobs), leave=False))
+        return {part: list(islice(made, count)) for part, count in counts.items()}
 
 
 def processes(count, threads):
@@ -99,7 +101,7 @@ def add_babble(wave, voices, snr_db, rng):
 
 def in_babble(clip, snr_db, voices, n_voices=4):
     """The clip in the babble of `n_voices` of the `voices` (clips with waves), the same at every call; None is no noise."""
-    if snr_db is None or clip.wave is None:
+    if snr_db is None or clip.mel is None:
         return clip
     rng = random.Random(f"{clip.name} {snr_db}")
     others = [other.wave for other in rng.sample(voices, min(n_voices + 1, len(voices))) if other is not clip]
@@ -207,7 +209,7 @@ def read_pieces(path, longest, size=32, text="", n_mels=80, streams=("audio", "v
 
     Raises ClipError. Where ffmpeg has read past some damage it is a ClipError for a whole, and a note for pieces."""
     source, steps, n_frames = media.probe(path), round((longest or MAX_SECONDS + 1) * FPS), 0
-    wanted = ((i, i + steps) for i in count(0, steps))
+    wanted = ((i, i + steps) for i in endless(0, steps))
     level = media.loudness(source) if longest and source.sound else []
     if len(level) and max(level) < -80:
         source, level = replace(source, sound=False), []

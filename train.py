@@ -71,7 +71,7 @@ class TrainConfig:
     max_bad: str = flag("1%", "common", "so many of them may be unusable")
     box: str = flag("", "common", "x,y,w,h: where the mouth is in their pictures; default: it is found where pictures are not mouths")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 650 with the synthetic talker, 2000 with --data, 700 with --llm")
+    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 550 with the synthetic talker, 2000 with --data, 700 with --llm")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -93,7 +93,7 @@ class TrainConfig:
     lr: float = flag(1.5e-3, "training", "peak learning rate of stage 3")
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
-    valid_clips: int = flag(300, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
+    valid_clips: int = flag(200, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
     audio_steps: int = flag(400, "training", "of stage 1, the audio encoder")
     video_steps: int = flag(350, "training", "of stage 1, the video encoder")
@@ -205,7 +205,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
         model.train()
 
     steps = config.steps or math.ceil(config.epochs * len(clips["train"]) / batch_size) or (
-        700 if config.llm else 2000 if config.data else 650)
+        700 if config.llm else 2000 if config.data else 550)
     fit("stage 3, MoME", trained, make_batch, model.loss, steps, config.lr, config.weight_decay, config.valid_every, check)
     return curve
 
@@ -236,8 +236,7 @@ def load_clips(config, tasks, how):
     Of real ones --valid-every makes some training clips "valid", of sentences that no training clip has. `how` clips are read."""
     parts = {"test": config.test_clips}
     parts |= {} if config.eval_only else {"train": config.clips, "valid": config.valid_clips}
-    clips = folder_clips(config.data, **how_clips_are_read(config, how)) if config.data else {
-        part: data.talker_clips(part, count, config.seed) for part, count in parts.items()}
+    clips = folder_clips(config.data, **how_clips_are_read(config, how)) if config.data else data.talker_clips(parts, config.seed)
     if config.eval_only:
         clips = {"test": clips["test"]}
     if config.valid_every and config.data and not config.eval_only:

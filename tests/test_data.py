@@ -97,9 +97,11 @@ def test_talkers_differ_and_repeat():
 
 def test_clips_do_not_depend_on_the_workers():
     alone = data.talker_clip(("train", 3, 5, 32, False))
-    made = data.talker_clips("train", 4, 5)[3]
+    clips = data.talker_clips({"valid": 2, "train": 4}, 5)
+    made = clips["train"][3]
     assert made.name == alone.name and made.text == alone.text and np.array_equal(made.mel, alone.mel)
     assert made.wave is None and np.array_equal(made.frames, alone.frames)
+    assert len(clips["train"]) == 4 and [clip.wave is None for clip in clips["valid"]] == [False] * 2  # babble is made of them
 
 
 # --- babble and batches ---
@@ -126,6 +128,8 @@ def test_clips_in_babble_repeat_and_leave_out_their_own_voice(talker_clips):
     assert abs(np.corrcoef(noise, own)[0, 1]) < 0.1
     with pytest.raises(data.ClipError, match="no other clip"):
         in_babble(talker_clips[:1], 0, talker_clips[:1])
+    with pytest.raises((TypeError, AttributeError)):  # sound without its wave never passes for noisy
+        in_babble([replace(talker_clips[0], wave=None)], 0)
 
 
 def test_cheap_babble_has_its_power(talker_clips):
