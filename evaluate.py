@@ -12,7 +12,7 @@ from sample import TASKS, decode, ladder, task_rates, task_streams
 
 TEST_BATCH = 50                 # hypotheses decoded together
 CALIBRATION_SNRS = [None, 0.]
-LOSS = 0.00075                  # of all words, what --rate auto may cost; not in the paper
+LOSS = 0.001                    # of all words, what --rate auto may cost; not in the paper
 
 
 def parse_snrs(text):
@@ -102,19 +102,20 @@ def table(rows):
 # --- the threshold of --rate auto ------------------------------------------------------------------------------------
 
 def calibrate(model, clips, tasks, pairs, tokenizer, device):
-    """{task: the threshold of `sample.ladder`'s auto}: the lowest with which the `clips` that are left at the coarse rate, clean and in
-    babble, lose by it at most LOSS of all words (not in the paper)."""
+    """{task: the threshold of `sample.ladder`'s auto} (not in the paper). In each noise, the `clips` that are surer than it at the coarse
+    rate lose by staying there at most LOSS of all words; of the noises' thresholds the highest is taken."""
     thresholds, voices = {}, [clip for clip in clips if "audio" in clip.streams]
     ladders = {task: ladder(task, {"rates": pairs, "auto": {task: 0}}, "auto") for task in tasks}
     plan = {(task, i): [(rates, -math.inf)] for task, steps in ladders.items() for i, (rates, _) in enumerate(steps)}
     found = answers(model, clips, plan, CALIBRATION_SNRS if len(voices) > 1 else [None], tokenizer, device)
-    for task, steps in ladders.items():
-        coarse, fine = ([answer for snr in CALIBRATION_SNRS for answer in found.get((task, i, snr), ())] for i in (0, len(steps) - 1))
-        logprobs = np.array([logprob for *_, logprob, _ in coarse])
-        surest = np.argsort(-logprobs, kind="stable")
-        lost = np.array([wrong_words(*a[:2]) - wrong_words(*b[:2]) for a, b in zip(coarse, fine)])[surest].cumsum()
-        left = np.flatnonzero(lost <= LOSS * sum(len(reference.split()) for reference, *_ in coarse))
-        thresholds[task] = float(logprobs[surest[left[-1]]]) if len(left) else 0.  # 0: all are in doubt
+    for task, snr in [(task, snr) for task, i, snr in found if i == 0]:
+        coarse, fine = (found[task, i, snr] for i in (0, len(ladders[task]) - 1))
+        surest = sorted(range(len(coarse)), key=lambda i: -coarse[i][2])
+        lost = np.array([wrong_words(*coarse[i][:2]) - wrong_words(*fine[i][:2]) for i in surest]).cumsum()
+        words = sum(len(reference.split()) for reference, *_ in coarse)
+        left = np.count_nonzero(np.maximum.accumulate(lost) <= LOSS * words)  # the clips before the first loss too many
+        threshold = coarse[surest[left - 1]][2] if left else 0.               # 0: all are in doubt
+        thresholds[task] = max(threshold, thresholds.get(task, -math.inf))
     return thresholds
 
 
