@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import tiny_avsr
 
 import data
-from mome import AVSR, KVCache, Llama, LlamaConfig, MoME, pool
+from mome import AVSR, KVCache, Llama, LlamaConfig, MoME, linear, pool
 from sample import CheckpointError, load_model, save_model
 
 
@@ -186,6 +186,17 @@ def test_new_mome_changes_nothing_and_then_something(place):
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         LlamaConfig(10, **wrong)
+
+
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (1, 1, 32), (2, 32), (0, 32)])
+@pytest.mark.parametrize("d_out, biased", [(48, False), (48, True), (49, True)])
+def test_linear_of_a_lone_row_is_that_of_many(shape, d_out, biased):
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, requires_grad=True) for size in (shape, (d_out, 32), d_out)][:3 if biased else 2]
+    ours, theirs = linear(*inputs), F.linear(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (ours, theirs))):
+        torch.testing.assert_close(a, b)
 
 
 def test_llama_is_causal():
