@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import random
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,36 +32,43 @@ from mome import Llama, pool
 from talker import mishear, spell
 from weights import write_whole
 
+AHEAD = 8  # batches made before they are needed
+
 
 # --- the training loop, for all three stages -------------------------------------------------------------------------
 
-def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01, every=0, check=None):
-    """Minimise `loss_of(*make_batch())` by AdamW: short warm-up, cosine to 5%, gradients clipped to norm 1. A thread makes
-    each batch while the one before it is learned from. `check(step, mean loss since the last)` is called `every` so often."""
-    losses = []
-    parameters = list(parameters)
+def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01, every=0, check=None, workers=1):
+    """Minimise by AdamW the mean of `loss_of(*part)` over the parts of a batch, which `make_batch()` returns as a list: short
+    warm-up, cosine to 5%, gradients clipped to norm 1. `workers` threads share the parts of a batch while another makes the
+    next ones. `check(step, mean loss since the last)` is called `every` so often."""
+    losses, parameters = [], list(parameters)
     warmup = min(30, steps // 10 + 1)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, 0.525 + 0.475 * math.cos(math.pi * step / steps)))
-    with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(make_batch)
+
+    def learn(part):
+        loss = loss_of(*part)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with ThreadPoolExecutor(1) as maker, ThreadPoolExecutor(workers) as learners:
+        batches = deque(maker.submit(make_batch) for _ in range(min(AHEAD, steps)))
         for step in (progress := tqdm(range(steps), name, position=int(multiprocessing.parent_process() is not None))):
-            batch = following.result()
-            following = ahead.submit(make_batch) if step + 1 < steps else None
-            loss = loss_of(*batch)
-            optimizer.zero_grad()
-            loss.backward()
+            parts = batches.popleft().result()
+            if step + AHEAD < steps:
+                batches.append(maker.submit(make_batch))
+            learned, gradients = zip(*learners.map(learn, parts))
+            for parameter, *grads in zip(parameters, *gradients):
+                grads = [grad / len(parts) for grad in grads if grad is not None]
+                parameter.grad = sum(grads) if grads else None
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
+            losses.append(sum(learned) / len(parts))
             if step % 10 == 0:
-                progress.set_postfix(loss=f"{loss.item():.3f}")
-            if every:
-                losses.append(loss.detach())
-                if (step + 1) % every == 0:
-                    check(step + 1, torch.stack(losses).mean().item())
-                    losses.clear()
+                progress.set_postfix(loss=f"{losses[-1].item():.3f}")
+            if every and (step + 1) % every == 0:
+                check(step + 1, torch.stack(losses[-every:]).mean().item())
 
 
 def draws(clips, size, rng):
@@ -103,12 +111,12 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
     else by CTC. The output layer is thrown away; what stays is the encoder."""
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
-    batches = draws(clips, 8, rng)
+    batches = draws(clips, 4 if clips[0].aligned else 8, rng)
 
     def make_batch():
         chosen = next(batches)
         x, lengths = data.to(device, data.batch(chosen, [stream], rng, clips))[stream]
-        return chosen, x, lengths
+        return [(chosen, x, lengths)]
 
     def loss_of(chosen, x, lengths):
         log_probs = head(encoder(x, lengths)).log_softmax(-1)                                # (B, T, units + 1)
@@ -143,7 +151,7 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
 
     def make_batch():
         clips, rates = [], [rng.randint(1, 8) for _ in range(rng.choice((1, 1, 2)))]
-        for _ in range(32):
+        for _ in range(16):
             text = rng.choice(texts)
             made_up = rng.random() < .3
             while made_up or text in tested:
@@ -152,7 +160,7 @@ def train_llm(llm, texts, tested, units, tokenizer, config, steps, rng, device):
             streams = [(mishear(text, unit_ids, rng), rng.uniform(0, .5)) for _ in rates]
             clips.append((text, [(heard.to(device), torch.randn(len(heard), llm.config.dim).to(device) * noise)
                                  for heard, noise in streams]))
-        return clips, rates
+        return [(clips, rates)]
 
     def loss_of(clips, rates):
         prefixes = []

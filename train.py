@@ -22,9 +22,11 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from tqdm import tqdm
@@ -46,9 +48,9 @@ from weights import WeightsError, write_json
 
 CORES = torch.get_num_threads()
 HALF_OF_THE_CORES = max(1, CORES // 2)
-TASK_SHARE = {"avsr": 0.4, "asr": 0.3, "vsr": 0.3}  # of stage 3's steps; not in the paper
+TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of stage 3's steps; not in the paper
 PROMPT = "Transcribe speech to text."               # to a real LLM, whichever the streams; not in the paper
-ZERO_TOO = "steps seed n_routed n_shared copies batch_size projector_dim valid_every".split()  # whole numbers that may be 0
+ZERO_TOO = "steps seed n_routed n_shared copies projector_dim valid_every".split()  # whole numbers that may be 0
 VALID_CLIPS = 50                                    # of real ones, at most, and at most a tenth of the training clips
 
 PRESETS = {"": {}, "paper": dict(rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12, lr=1e-3,
@@ -71,7 +73,7 @@ class TrainConfig:
     max_bad: str = flag("1%", "common", "so many of them may be unusable")
     box: str = flag("", "common", "x,y,w,h: where the mouth is in their pictures; default: it is found where pictures are not mouths")
     seed: int = flag(0, "common", "of everything random")
-    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 550 with the synthetic talker, 2000 with --data, 700 with --llm")
+    steps: int = flag(0, "common", "of stage 3; 0: by --epochs, else 1400 with the synthetic talker, 3500 with --data, 700 with --llm")
     snr: str = flag("clean,0,-5", "common", "noise at test besides clean: dB of speech over babble, comma-separated")
     eval_only: bool = flag(False, "common", "test the model that is in --out, train nothing")
     device: str = flag("auto", "common", "auto takes a GPU when there is one", choices=("auto", "cpu", "cuda"))
@@ -88,17 +90,17 @@ class TrainConfig:
     n_shared: int = flag(1, "MoME", "experts that every token passes")
     bottleneck: int = flag(LlamaConfig.bottleneck, "MoME", "width of an expert")
     place: str = flag(LlamaConfig.place, "MoME", "what MoME stands beside: attention, feed-forward, whole layer", choices=PLACES)
-    batch_size: int = flag(0, "training", "clips in a step of stage 3; 0: 8, or 4 with --llm")
+    batch_size: int = flag(4, "training", "clips in a step of stage 3")
     epochs: float = flag(0., "training", "length of stage 3 in passes over the training clips, if --steps is 0")
     lr: float = flag(1.5e-3, "training", "peak learning rate of stage 3")
     weight_decay: float = flag(0.1, "training", "of stage 3")
     clips: int = flag(3000, "training", "training clips of the synthetic talker")
     valid_clips: int = flag(200, "training", "clips of the synthetic talker from which the threshold for sample.py --rate auto is taken")
     test_clips: int = flag(500, "training", "test clips of the synthetic talker")
-    audio_steps: int = flag(400, "training", "of stage 1, the audio encoder")
-    video_steps: int = flag(350, "training", "of stage 1, the video encoder")
+    audio_steps: int = flag(650, "training", "of stage 1, the audio encoder")
+    video_steps: int = flag(600, "training", "of stage 1, the video encoder")
     ctc_steps: int = flag(2500, "training", "of stage 1 on clips that come without an alignment (--data)")
-    llm_steps: int = flag(500, "training", "of stage 2")
+    llm_steps: int = flag(1000, "training", "of stage 2")
     projector_dim: int = flag(0, "training", "hidden width of the projectors; 0: the LLM's width, at least 256")
     valid_every: int = flag(0, "training", "steps of stage 3 between tests on clips held out of training; 0: no test, and with --data no clips held out "
                                         "and no threshold for sample.py --rate auto")
@@ -183,10 +185,9 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
     """Train projectors, markers and MoME on all rate pairs at once; a step is a batch of one task. Streams whose encoder is
     real come from `features`. Returns the learning curve: at every --valid-every steps the loss and the WER of clips["valid"]."""
     rng, curve, device = random.Random(f"{config.seed} mome"), [], model.device
-    batch_size = config.batch_size or (4 if config.llm else 8)
     trained = [p for p in model.parameters() if p.requires_grad]
     voices = [clip for clip in clips["train"] if "audio" in clip.streams]
-    batches = {task: draws([clip for clip in clips["train"] if set(TASKS[task]) <= set(clip.streams)], batch_size, rng)
+    batches = {task: draws([clip for clip in clips["train"] if set(TASKS[task]) <= set(clip.streams)], config.batch_size, rng)
                for task in tasks}
     kept = features.identity if features else {}
 
@@ -195,7 +196,14 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
         chosen = next(batches[task])
         encoded = model.encode(data.to(device, data.batch(chosen, set(TASKS[task]) - set(kept), rng, voices)))
         encoded |= features.batch(chosen, [s for s in TASKS[task] if s in kept], rng) if features else {}
-        return encoded, [tokenizer.encode(f" {clip.text}") for clip in chosen], task_rates(task, pairs)
+        transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
+        return [(encoded, transcripts, [rates]) for rates in task_rates(task, pairs)]
+
+    def loss_of(*part):
+        own = free.get()
+        loss = own.loss(*part)
+        free.put(own)
+        return loss
 
     def check(step, loss):
         rows = evaluate(model, clips["valid"], fixed_rates(tasks, pairs), [None], tokenizer, device)
@@ -204,9 +212,14 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
             f"{row['task']} {row['audio_rate'] or ''}:{row['video_rate'] or ''} {100 * row['wer']:.1f}" for row in rows))
         model.train()
 
-    steps = config.steps or math.ceil(config.epochs * len(clips["train"]) / batch_size) or (
-        700 if config.llm else 2000 if config.data else 550)
-    fit("stage 3, MoME", trained, make_batch, model.loss, steps, config.lr, config.weight_decay, config.valid_every, check)
+    steps = config.steps or math.ceil(config.epochs * len(clips["train"]) / config.batch_size) or (
+        700 if config.llm else 3500 if config.data else 1400)
+    workers = 1 if device.type == "cuda" else CORES // torch.get_num_threads()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    free = SimpleQueue()  # a MoME remembers what it routed last, so each worker has modules of its own around the same tensors
+    for _ in range(workers):
+        free.put(deepcopy(model, dict(shared)))
+    fit("stage 3, MoME", trained, make_batch, loss_of, steps, config.lr, config.weight_decay, config.valid_every, check, workers)
     return curve
 
 

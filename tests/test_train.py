@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from dataclasses import fields, replace
+from functools import partial
 
 import jiwer
 import numpy as np
@@ -87,6 +88,21 @@ def test_readme_commands_parse():
 def test_frame_units():
     clip = data.Clip("", "", aligned=(("rest", 0.09), ("B", 0.19), ("IY", 0.4)))
     assert pretrain.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fit_learns_from_the_mean_over_the_parts_of_a_batch(workers):
+    parts = torch.randn(3, 4)
+
+    def learned(make_batch, loss_of, **more):
+        w, unused, told = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(1)), []
+        pretrain.fit("test", iter([w, unused]), make_batch, partial(loss_of, w), 4, 0.1, every=2, check=lambda *seen: told.append(seen), **more)
+        assert unused.item() == 1
+        return w.detach(), torch.tensor(told)
+    apart = learned(lambda: [(part,) for part in parts], lambda w, x: (w - x).square().sum(), workers=workers)
+    once = learned(lambda: [(parts,)], lambda w, x: (w - x).square().sum(1).mean())
+    torch.testing.assert_close(apart, once)
+    assert apart[0].abs().sum() > 0 and apart[1][:, 0].tolist() == [2, 4]
 
 
 def test_what_training_writes(trained):
