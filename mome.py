@@ -23,7 +23,7 @@ import weights
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 
 PLACES = ("attn", "ffn", "layer")
-ROW_PARTS = 16  # see `linear`
+PARTS, FEW_ROWS = 8, 4 if torch.backends.mkl.is_available() else 0  # see `linear`
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
@@ -81,14 +81,15 @@ class AVSRConfig:
 def linear(x, weight, bias=None):
     """x (..., d_in) @ weight (d_out, d_in).T + bias -> (..., d_out).
 
-    A lone row, as in a step of greedy decoding, is bound by reading the weights. CPU libraries do this matrix-vector product on
-    one core at a third of the memory's speed; as a batch of ROW_PARTS products of some rows of the weights each, all cores
-    read at full speed."""
-    if x.device.type != "cpu" or x.numel() != x.shape[-1] or len(weight) % ROW_PARTS:
+    A few rows, as in a step of decoding, are bound by reading the weights, and MKL reads them on one core at a third of the
+    memory's speed. As a batch of PARTS products, each with some rows of the weights, all cores read as fast as they can."""
+    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1] and weight.numel() >= 2 ** 16 and len(weight) % PARTS == 0
+    if not few or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    column = x.reshape(1, 1, -1).mT.expand(ROW_PARTS, -1, -1)                # (ROW_PARTS, d_in, 1)
-    y = torch.bmm(weight.unflatten(0, (ROW_PARTS, -1)), column).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    columns = x.reshape(1, -1, x.shape[-1]).mT.expand(PARTS, -1, -1)         # (PARTS, d_in, N)
+    y = torch.bmm(weight.unflatten(0, (PARTS, -1)), columns).flatten(0, 1)   # (d_out, N)
+    y = y.mT.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Linear(nn.Linear):

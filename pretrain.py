@@ -32,16 +32,16 @@ from mome import Llama, pool
 from talker import mishear, spell
 from weights import write_whole
 
-AHEAD = 8  # batches made before they are needed
+AHEAD = 4  # batches that wait: some take longer to make, others to learn from
 
 
 # --- the training loop, for all three stages -------------------------------------------------------------------------
 
 def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01, every=0, check=None, workers=1):
-    """Minimise by AdamW the mean of `loss_of(*part)` over the parts of a batch, which `make_batch()` returns as a list: short
-    warm-up, cosine to 5%, gradients clipped to norm 1. `workers` threads share the parts of a batch while another makes the
-    next ones. `check(step, mean loss since the last)` is called `every` so often."""
-    losses, parameters = [], list(parameters)
+    """Minimise by AdamW the mean of `loss_of(*part)` over the parts of a batch, a list that `make_batch()` returns: short warm-up,
+    cosine to 5%, gradients clipped to norm 1. `workers` threads learn from the parts while another makes the next batches.
+    `check(step, mean loss since the last)` is called `every` so often."""
+    losses, parameters = deque(maxlen=max(1, every)), list(parameters)
     warmup = min(30, steps // 10 + 1)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
@@ -52,23 +52,27 @@ def fit(name, parameters, make_batch, loss_of, steps, lr, weight_decay=0.01, eve
         return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     with ThreadPoolExecutor(1) as maker, ThreadPoolExecutor(workers) as learners:
+        each = learners.map if workers > 1 else map
         batches = deque(maker.submit(make_batch) for _ in range(min(AHEAD, steps)))
         for step in (progress := tqdm(range(steps), name, position=int(multiprocessing.parent_process() is not None))):
             parts = batches.popleft().result()
             if step + AHEAD < steps:
                 batches.append(maker.submit(make_batch))
-            learned, gradients = zip(*learners.map(learn, parts))
-            for parameter, *grads in zip(parameters, *gradients):
-                grads = [grad / len(parts) for grad in grads if grad is not None]
-                parameter.grad = sum(grads) if grads else None
+            optimizer.zero_grad()
+            losses.append(0)
+            for loss, gradients in each(learn, parts):  # in the order of the parts, so that sums are the same in every run
+                losses[-1] += loss / len(parts)
+                for parameter, gradient in zip(parameters, gradients):
+                    if gradient is not None:
+                        gradient = gradient / len(parts)
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(sum(learned) / len(parts))
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{losses[-1].item():.3f}")
             if every and (step + 1) % every == 0:
-                check(step + 1, torch.stack(losses[-every:]).mean().item())
+                check(step + 1, torch.stack(tuple(losses)).mean().item())
 
 
 def draws(clips, size, rng):
@@ -111,7 +115,7 @@ def train_encoder(stream, encoder, clips, units, steps, rng, device):
     else by CTC. The output layer is thrown away; what stays is the encoder."""
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
-    batches = draws(clips, 4 if clips[0].aligned else 8, rng)
+    batches = draws(clips, 4 if clips[0].aligned else 8, rng)  # CTC tells less of each clip
 
     def make_batch():
         chosen = next(batches)

@@ -26,7 +26,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from tqdm import tqdm
@@ -182,14 +181,17 @@ def count_parameters(model):
 
 
 def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
-    """Train projectors, markers and MoME on all rate pairs at once; a step is a batch of one task. Streams whose encoder is
-    real come from `features`. Returns the learning curve: at every --valid-every steps the loss and the WER of clips["valid"]."""
+    """Train projectors, markers and MoME on all rate pairs at once; a step is a batch of one task, its rates learned from side
+    by side. Streams whose encoder is real come from `features`. Returns the learning curve: at every --valid-every steps the
+    loss and the WER of clips["valid"]."""
     rng, curve, device = random.Random(f"{config.seed} mome"), [], model.device
     trained = [p for p in model.parameters() if p.requires_grad]
     voices = [clip for clip in clips["train"] if "audio" in clip.streams]
     batches = {task: draws([clip for clip in clips["train"] if set(TASKS[task]) <= set(clip.streams)], config.batch_size, rng)
                for task in tasks}
     kept = features.identity if features else {}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies = [deepcopy(model, dict(shared)) for _ in pairs]  # modules around the same tensors: a MoME remembers whom it routed last
 
     def make_batch():
         task = rng.choices(tasks, [TASK_SHARE[t] for t in tasks])[0]
@@ -197,29 +199,18 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features):
         encoded = model.encode(data.to(device, data.batch(chosen, set(TASKS[task]) - set(kept), rng, voices)))
         encoded |= features.batch(chosen, [s for s in TASKS[task] if s in kept], rng) if features else {}
         transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
-        return [(encoded, transcripts, [rates]) for rates in task_rates(task, pairs)]
-
-    def loss_of(*part):
-        own = free.get()
-        loss = own.loss(*part)
-        free.put(own)
-        return loss
+        return [(copy, encoded, transcripts, [rates]) for copy, rates in zip(copies, task_rates(task, pairs))]
 
     def check(step, loss):
         rows = evaluate(model, clips["valid"], fixed_rates(tasks, pairs), [None], tokenizer, device)
         curve.append({"step": step, "loss": loss, "rows": [row | {"split": "valid"} for row in rows]})
         tqdm.write(f"step {step}: loss {loss:.3f}; WER %: " + ", ".join(
             f"{row['task']} {row['audio_rate'] or ''}:{row['video_rate'] or ''} {100 * row['wer']:.1f}" for row in rows))
-        model.train()
 
     steps = config.steps or math.ceil(config.epochs * len(clips["train"]) / config.batch_size) or (
         700 if config.llm else 3500 if config.data else 1400)
-    workers = 1 if device.type == "cuda" else CORES // torch.get_num_threads()
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    free = SimpleQueue()  # a MoME remembers what it routed last, so each worker has modules of its own around the same tensors
-    for _ in range(workers):
-        free.put(deepcopy(model, dict(shared)))
-    fit("stage 3, MoME", trained, make_batch, loss_of, steps, config.lr, config.weight_decay, config.valid_every, check, workers)
+    workers = 1 if device.type == "cuda" else max(1, CORES // torch.get_num_threads())
+    fit("stage 3, MoME", trained, make_batch, AVSR.loss, steps, config.lr, config.weight_decay, config.valid_every, check, workers)
     return curve
 
 
@@ -314,7 +305,7 @@ def run(config):
         return
     out, watch = Path(config.out), Stopwatch()
     watch.since = time.perf_counter()
-    torch.set_num_threads(HALF_OF_THE_CORES)  # work comes in pairs: a batch and the next one, two stages, two tests
+    torch.set_num_threads(HALF_OF_THE_CORES)  # work comes in pairs: two stages, two rates, two tests
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     paths = {part: path for part, path in real_paths(config).items() if path}

@@ -188,15 +188,17 @@ def test_wrong_sizes_are_refused(wrong):
         LlamaConfig(10, **wrong)
 
 
-@pytest.mark.parametrize("shape", [(32,), (1, 32), (1, 1, 32), (2, 32), (0, 32)])
-@pytest.mark.parametrize("d_out, biased", [(48, False), (48, True), (49, True)])
-def test_linear_of_a_lone_row_is_that_of_many(shape, d_out, biased):
+@pytest.mark.parametrize("shape", [(256,), (1, 1, 256), (3, 256), (2, 2, 256), (5, 256), (0, 256)])
+@pytest.mark.parametrize("d_out, biased", [(264, False), (264, True), (265, True)])
+def test_linear_of_few_rows_is_that_of_many(shape, d_out, biased):
     torch.manual_seed(0)
-    inputs = [torch.randn(size, requires_grad=True) for size in (shape, (d_out, 32), d_out)][:3 if biased else 2]
+    inputs = [(torch.randn(size) / 16).requires_grad_() for size in (shape, (d_out, 256), d_out)][:3 if biased else 2]
     ours, theirs = linear(*inputs), F.linear(*inputs)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (ours, theirs))):
         torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linear(*inputs), F.linear(*inputs), atol=0.01, rtol=0.02)  # its dtype too
 
 
 def test_llama_is_causal():

@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import fields, replace
 from functools import partial
+from threading import Barrier
 
 import jiwer
 import numpy as np
@@ -92,17 +93,31 @@ def test_frame_units():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_fit_learns_from_the_mean_over_the_parts_of_a_batch(workers):
-    parts = torch.randn(3, 4)
+    torch.manual_seed(0)
+    parts, together = torch.randn(4, 4) / 10, Barrier(workers)
+
+    def part_loss(w, x):
+        together.wait(10)  # until so many learn at once
+        return (w - x).square().sum()
 
     def learned(make_batch, loss_of, **more):
         w, unused, told = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(1)), []
-        pretrain.fit("test", iter([w, unused]), make_batch, partial(loss_of, w), 4, 0.1, every=2, check=lambda *seen: told.append(seen), **more)
+        pretrain.fit("test", iter([w, unused]), make_batch, partial(loss_of, w), 4, 0.01, every=2,
+                     check=lambda *seen: told.append([*seen, *w.grad.tolist()]), **more)
         assert unused.item() == 1
         return w.detach(), torch.tensor(told)
-    apart = learned(lambda: [(part,) for part in parts], lambda w, x: (w - x).square().sum(), workers=workers)
+    apart = learned(lambda: [(part,) for part in parts], part_loss, workers=workers)
     once = learned(lambda: [(parts,)], lambda w, x: (w - x).square().sum(1).mean())
     torch.testing.assert_close(apart, once)
     assert apart[0].abs().sum() > 0 and apart[1][:, 0].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_fails_in_a_part_ends_training(workers):
+    def loss_of(x):
+        raise ValueError(f"part {x}")
+    with pytest.raises(ValueError, match="part 0"):
+        pretrain.fit("test", [torch.nn.Parameter(torch.zeros(1))], lambda: [(0,), (1,), (2,)], loss_of, 9, 0.1, workers=workers)
 
 
 def test_what_training_writes(trained):
