@@ -37,7 +37,7 @@ from encoders import AudioConfig, VideoConfig
 from evaluate import calibrate, evaluate, fixed_rates, parse_snrs, table
 from features import Features
 from folders import folder_clips
-from media import ClipError
+from media import ClipError, note
 from mome import AVSR, PLACES, AVSRConfig, LlamaConfig
 from pretrain import draws, fit, pretrain
 from sample import (EXPERTS, FLAGS, TASKS, CheckpointError, dtype_on, identify, ladder, load_model, parse_rates, read_parts, reading,
@@ -334,13 +334,16 @@ def run(config):
         if "valid" in clips:
             saved["auto"] = calibrate(model, clips["valid"], tasks, pairs, data.load_tokenizer(paths.get("llm", out)), device)
         save_model(model, out, known, **saved)
+        (out / "curve.json").unlink(missing_ok=True)  # an earlier model's
         if curve:
             write_json(out / "curve.json", curve)
         write_samples(config, clips["test"], out / "samples")
         watch.lap("calibration")
     tokenizer, plan = data.load_tokenizer(paths.get("llm", out)), fixed_rates(tasks, pairs)
-    plan |= {(task, ("auto", None)): ladder(task, saved, "auto") for task in tasks if task in saved.get("auto", {})
-             and set(map(tuple, saved["rates"])) <= set(pairs)}
+    if set(map(tuple, saved["rates"])) <= set(pairs):  # among them the rates that auto's cost is compared with
+        plan |= {(task, ("auto", None)): ladder(task, saved, "auto") for task in tasks if task in saved.get("auto", {})}
+    elif "auto" in saved:
+        note("auto is tested only beside all trained rates: " + ",".join(f"{audio}:{video}" for audio, video in saved["rates"]))
     rows = evaluate(model, clips["test"], plan, parse_snrs(config.snr), tokenizer, device, config.beam)
     watch.lap("test")
     write_json(out / "metrics.json", {"rows": [row for row in rows if row["audio_rate"] != "auto"], "seconds": watch, "config": asdict(config),

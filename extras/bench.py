@@ -89,7 +89,7 @@ class Bench:
             return None
 
     def say(self, section, what, text):
-        print(f"{section:9} {what:49} {text}", file=self.table, flush=True)
+        print(f"{section:9} {what:51} {text}", file=self.table, flush=True)
 
     def row(self, section, what, first, second, names):
         """Compare, print and return a row."""
@@ -129,16 +129,15 @@ def step_of(module, x, backward):
 
 def layer_paths(bench):
     """`auto` (its choice in brackets) and `grouped` against the loop, Mixtral's experts against `auto`: at the paper's
-    bottleneck, and at one so wide that moving tokens pays. One expert more is shared, as in the paper."""
-    shapes = [(512, 23, 4, 12), (256, 23, 4, 96)] if bench.quick else [(2048, 23, 4, 12), (3072, 23, 4, 12), (512, 23, 4, 192)]
-    for shape in shapes:
-        D, E, K, R = shape
-        mome = randomised(MoME(D, E, K, 1, R)).to(bench.device, bench.dtype)
-        peer, why = mixtral(D, E, K, R, bench)
+    bottleneck with and without its shared expert, and at one so wide that moving tokens pays."""
+    shapes = [(512, 1, 12), (256, 1, 96)] if bench.quick else [(2048, 1, 12), (3072, 1, 12), (2048, 0, 12), (3072, 0, 12), (512, 1, 192)]
+    for D, n_shared, R in shapes:
+        mome = randomised(MoME(D, 23, 4, n_shared, R)).to(bench.device, bench.dtype)
+        peer, why = mixtral(D, 23, 4, R, bench)
         for n_tokens in (15, 256) if bench.quick else (1, 15, 256, 2048):
             x = torch.randn(1, n_tokens, D, device=bench.device, dtype=bench.dtype, requires_grad=True)
             for backward in (False, True):
-                what = f"{shape} {n_tokens} tokens, {'forward + backward' if backward else 'forward'}"
+                what = f"{D}, 23/4+{n_shared} of {R}, {n_tokens} tokens, {'forward + backward' if backward else 'forward'}"
                 run = step_of(mome, x, backward)
 
                 def path(name):

@@ -149,11 +149,14 @@ def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, cap
     assert train.main([*TRAINED, "--out", str(tmp_path / "cached"), "--cache", str(trained / "cache")]) == 0
     assert capfd.readouterr().out.count("found in") == 3
     tmp_path = tmp_path / "fresh"
+    tmp_path.mkdir()
+    (tmp_path / "curve.json").write_text("[]")
     assert train.main([*TRAINED, "--out", str(tmp_path)]) == 0
     assert "found in" not in capfd.readouterr().out
     assert (trained / "model.safetensors").read_bytes() == (tmp_path.parent / "cached/model.safetensors").read_bytes()
     rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (trained, tmp_path)]
     assert rows[0] == rows[1] and (trained / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert not (tmp_path / "curve.json").exists()  # an earlier model's
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
     assert train.main([*TRAINED, "--out", str(tmp_path), "--eval-only"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == rows[0]
@@ -161,6 +164,7 @@ def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, cap
     assert train.main("--eval-only --rates 3 --tasks asr --test-clips 3 --n-routed 2".split() + ["--out", str(tmp_path)]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {r["audio_rate"] for r in metrics["rows"]} == {3} and metrics["config"]["n_routed"] == 8  # the model's, not the flag's
+    assert "auto is tested only beside all trained rates: 2:2,4:8" in capfd.readouterr().err
     assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
     assert "no config.json" in capfd.readouterr().err
 
