@@ -213,13 +213,13 @@ def spans(level, longest):
     active = np.flatnonzero(level > min(top - 3, max(top - 30, floor + 0.3 * (top - floor))))
     gaps = np.flatnonzero(np.diff(active) > PAUSE)
     starts, ends = active[[0, *(gaps + 1)]], active[[*gaps, -1]] + 1
-    todo, found = [(max(0, a - MARGIN), min(len(level), b + MARGIN)) for a, b in zip(starts.tolist(), ends.tolist())][::-1], []
+    pending, found = [(max(0, a - MARGIN), min(len(level), b + MARGIN)) for a, b in zip(starts.tolist(), ends.tolist())][::-1], []
     smooth = np.convolve(np.pad(level, 2, "edge"), np.full(5, .2), "valid")
-    while todo:
-        start, end = todo.pop()
+    while pending:
+        start, end = pending.pop()
         if end - start > longest:
             cut = start + longest // 2 + int(smooth[start + longest // 2:start + longest].argmin())
-            todo += [(cut, end), (start, cut)]
+            pending += [(cut, end), (start, cut)]
         else:
             found.append((start, end))
     return found

@@ -23,8 +23,8 @@ import weights
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 
 PLACES = ("attn", "ffn", "layer")
-PARTS = 8                                                     # of the weights, see `linear`
-FEW_ROWS = 4 if torch.backends.mkl.is_available() else 0      # that pay for it there
+PARTS = 8                                                 # into which `linear` cuts large weights
+FEW_ROWS = 4 if torch.backends.mkl.is_available() else 0  # for at most so many rows, where MKL computes
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
