@@ -1,337 +1,263 @@
-"""Clips: where they come from and how they become batches.
+"""Clips, tasks and rates, noise, augmentation, batches, and the tokenizer.
 
-A clip is sound, lips or both, with what is said. It comes from the synthetic talker (talker.py) or from a file:
+A clip is sound, lips or both, with its transcript. It comes from the synthetic talker (toy/talker.py) or from
+a media file (real/clips.py). From the command line:
 
-    python data.py --out clips --count 8      mp4 clips of the synthetic talker with their transcripts
-    python data.py check DIR                  what a folder of clips holds and which of them cannot be used (folders.py)
-    python data.py fsdd RECORDINGS OUT        digit strings cut from the Free Spoken Digit Dataset, real voices
+    python data.py --out clips --count 8      write mp4 clips of the synthetic talker with their transcripts
+    python data.py check DIR                  show what a folder of clips holds and which clips cannot be used
+
+Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 """
-import argparse
-import json
-import multiprocessing
-import os
 import random
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import count as endless, islice
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import tiktoken
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-import media
-import mouth
-import weights
-from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, compress, mel_power
-from media import MAX_SECONDS, MIN_FRAMES, ClipError, shown
-from talker import SPLITS, random_job, synthesize
-from weights import write_whole
+from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
+
+TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
+TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
+
+
+class ClipError(ValueError):
+    """A clip, folder or transcript that cannot be used. The message names the file and says what to do."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One utterance. `aligned` is [(phoneme, end in seconds)] where the talker knows it; real clips have None."""
+    """One utterance. The streams that it lacks are None."""
     name: str
     text: str
-    wave: np.ndarray | None = None       # (samples,) float32 in -1..1 at 16 kHz
-    frames: np.ndarray | None = None     # (T, H, W) uint8 at 25 fps
-    mel: np.ndarray | None = None        # (M, frames) float16, log10 of the mel powers of `wave`
-    aligned: tuple | None = None
+    wave: np.ndarray | None = None       # (samples,) float32, -1 to 1, 16 kHz
+    frames: np.ndarray | None = None     # (T, H, W) uint8, 25 a second
+    log_power: np.ndarray | None = None  # (M, frames) float16: log10 of the mel powers of `wave`
+    aligned: tuple | None = None         # ((phoneme, its end in seconds), ...) from the synthetic talker
 
     @property
     def streams(self):
-        return tuple(s for s, x in (("audio", self.mel), ("video", self.frames)) if x is not None)
+        """("audio", "video") or one of the two."""
+        present = {"audio": self.log_power, "video": self.frames}
+        return tuple(stream for stream, x in present.items() if x is not None)
 
     @property
     def duration(self):
         """Seconds."""
-        return len(self.frames) / FPS if self.mel is None else self.mel.shape[1] / (SAMPLE_RATE // HOP_LENGTH)
+        if self.log_power is None:
+            return len(self.frames) / FPS
+        return self.log_power.shape[1] / (SAMPLE_RATE // HOP_LENGTH)
 
 
-def talker_clip(job):
-    """(part, index, seed, size, keep_wave) -> that clip of the synthetic talker; see talker.py."""
-    part, index, seed, size, keep_wave = job
-    text, person, delivery = random_job(part, index, seed)
-    wave, frames, aligned = synthesize(text, person, delivery, size)
-    return with_mel(Clip(f"talker{person:04d}_{delivery:05d}", text, wave, frames, aligned=aligned), keep_wave)
+# --- tasks and rates --------------------------------------------------------------------------------------
+
+def parse_rates(text):
+    """'2,4,8' | '4:2,16:5' | '4,16x2,5' -> [(audio rate, video rate)] without repeats.
+
+    '2,4,8' is three pairs: both streams at the same rate. '4,16x2,5' is all four pairs of 4, 16 and 2, 5.
+    A rate is how many tokens become one. ValueError says what is wrong."""
+    try:
+        if "x" in text:
+            audio, video = text.split("x")
+            pairs = product(audio.split(","), video.split(","))
+        else:
+            pairs = [item.split(":") if ":" in item else (item, item) for item in text.split(",")]
+        pairs = [(int(audio), int(video)) for audio, video in pairs]
+    except ValueError:
+        raise ValueError(f"rates {text!r} are not like '2,4,8', '4:2,16:5' or '4,16x2,5'") from None
+    if min(map(min, pairs)) < 1:
+        raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 or more")
+    return list(dict.fromkeys(pairs))
 
 
-def talker_clips(counts, seed, size=32):
-    """{part: how many} -> {part: so many clips of its talkers and sentences}, the same however many processes make them.
-    Training's have no waves: its babble is cheaper, see `noisy_power`."""
-    jobs = [(part, i, seed, size, part != "train") for part, count in counts.items() for i in range(count)]
-    n_workers = min(8, len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    with processes(n_workers, 1) as workers:
-        made = iter(tqdm(workers.map(talker_clip, jobs, chunksize=20), "clips", len(jobs), leave=False))
-        return {part: list(islice(made, count)) for part, count in counts.items()}
+def task_streams(tasks):
+    """All streams that these tasks use, as a set."""
+    return {stream for task in tasks for stream in TASKS[task]}
 
 
-def processes(count, threads):
-    """A pool of worker processes of `threads` threads each; one that dies is an error, not a wait without end."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,))
+def task_rates(task, pairs):
+    """The sets of rates of one task: every pair for avsr, the distinct rates of its one stream otherwise.
+
+    [(2, 2), (4, 4)] gives [{"audio": 2}, {"audio": 4}] for asr."""
+    rate_sets = []
+    for audio, video in pairs:
+        rates = {"audio": audio, "video": video}
+        rates = {stream: rates[stream] for stream in TASKS[task]}
+        if rates not in rate_sets:
+            rate_sets.append(rates)
+    return rate_sets
 
 
-# --- sound as training sees it ---------------------------------------------------------------------------------------
+# --- sound and noise --------------------------------------------------------------------------------------
 
-def with_mel(clip, keep_wave=True, n_mels=80):
-    """The clip with log10 mel powers beside its wave, or in its place (half the memory); as many bands as it had before."""
+def with_log_power(clip, n_mels=80, keep_wave=True):
+    """The clip with `log_power` computed from its wave. keep_wave=False drops the wave and halves the memory."""
     if clip.wave is None:
         return clip
-    mel = mel_power(torch.from_numpy(clip.wave), n_mels if clip.mel is None else len(clip.mel)).clamp(min=1e-10).log10().half().numpy()
-    return replace(clip, mel=mel, wave=clip.wave if keep_wave else None)
+    power = mel_power(torch.from_numpy(clip.wave), n_mels)
+    log_power = power.clamp(min=1e-10).log10().half().numpy()
+    return replace(clip, log_power=log_power, wave=clip.wave if keep_wave else None)
 
 
 def add_babble(wave, voices, snr_db, rng):
-    """wave + the sum of other people's voices (waves, looped from random points) at exactly `snr_db` over the clip."""
+    """wave (samples,) + a sum of other people's voices, at exactly `snr_db` over the clip.
+
+    Each voice is looped from a random point and scaled to the same loudness."""
     babble = np.zeros_like(wave)
     for voice in voices:
         start = rng.randrange(len(voice))
-        babble += np.resize(np.roll(voice, -start), len(wave)) / (np.sqrt(np.mean(voice ** 2)) + 1e-9)
-    gain = np.sqrt(np.mean(wave ** 2) / (np.mean(babble ** 2) + 1e-20)) * 10 ** (-snr_db / 20)
-    return wave + np.float32(gain) * babble
+        loudness = np.sqrt(np.mean(voice ** 2)) + 1e-9
+        babble += np.resize(np.roll(voice, -start), len(wave)) / loudness
+    ratio = np.sqrt(np.mean(wave ** 2) / (np.mean(babble ** 2) + 1e-20))
+    return wave + np.float32(ratio * 10 ** (-snr_db / 20)) * babble
 
 
 def in_babble(clip, snr_db, voices, n_voices=4):
-    """The clip in the babble of `n_voices` of the `voices` (clips with waves), the same at every call; None is no noise."""
-    if snr_db is None or clip.mel is None:
+    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. snr_db None: no noise."""
+    if snr_db is None or clip.log_power is None:
         return clip
     rng = random.Random(f"{clip.name} {snr_db}")
-    others = [other.wave for other in rng.sample(voices, min(n_voices + 1, len(voices))) if other is not clip]
+    drawn = rng.sample(voices, min(n_voices + 1, len(voices)))
+    others = [other.wave for other in drawn if other is not clip]
     if not others:
-        raise ClipError("babble is made of other clips' voices, and there is no other clip here: use --snr clean")
-    return with_mel(replace(clip, wave=add_babble(clip.wave, others[:n_voices], snr_db, rng)))
+        raise ClipError("babble is made of other clips' voices, and there is no other clip: use --snr clean")
+    noisy = add_babble(clip.wave, others[:n_voices], snr_db, rng)
+    return with_log_power(replace(clip, wave=noisy), n_mels=len(clip.log_power))
 
 
 def noisy_power(power, voices, rng):
-    """Training's cheap babble: mel powers of 2 to 5 other clips, added at -7 to 15 dB. power (M, frames) -> the same."""
+    """Babble for training: power (M, frames) + the mel powers of 2 to 5 other clips, at -7 to 15 dB."""
     babble = torch.zeros_like(power)
     for clip in rng.sample(voices, min(rng.randint(2, 5), len(voices))):
-        voice = 10 ** torch.from_numpy(clip.mel).float()
-        where = (torch.arange(power.shape[1]) + rng.randrange(voice.shape[1])) % voice.shape[1]
-        babble += voice[:, where] / voice.mean()
-    return power + babble * (power.mean() / babble.mean() * 10 ** (-rng.uniform(-7, 15) / 10))
+        voice = 10 ** torch.from_numpy(clip.log_power).float()
+        looped = (torch.arange(power.shape[1]) + rng.randrange(voice.shape[1])) % voice.shape[1]
+        babble += voice[:, looped] / voice.mean()
+    gain = power.mean() / babble.mean() * 10 ** (-rng.uniform(-7, 15) / 10)
+    return power + gain * babble
 
 
-def at_pace(x, pace):
-    """x (T, ...) -> (T * pace, ...), each moment the nearest one of x."""
+# --- batches ----------------------------------------------------------------------------------------------
+
+def change_pace(x, pace):
+    """x (T, ...) -> (T * pace, ...): each new moment repeats the nearest old one."""
     return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
 
 
-def batch(clips, streams, rng=None, voices=()):
-    """Clips -> {stream: (x, lengths)} as the model reads them, zero-padded: audio (B, M, frames), video (B, 1, T, H, W).
+def augmented_mel(clip, rng, voices):
+    """The clip's log-mel (M, frames) with babble, a lost high band, a masked band and a masked moment.
 
-    With a random.Random `rng` they are augmented: babble of `voices` (clips with sound), no high frequencies, masks in time and
-    frequency; mouths shifted and mirrored, frames dropped as by a slower camera. Clips without alignment (real ones, of which there are few) get less babble and another pace."""
-    features = {}
+    Real clips have no alignment and are few, so they get less babble. None of this is in the paper."""
+    power = 10 ** torch.from_numpy(clip.log_power).float()
+    if voices and rng.random() < (0.5 if clip.aligned else 0.25):
+        power = noisy_power(power, voices, rng)
+    if rng.random() < 0.08:
+        power[int(len(power) * rng.uniform(0.78, 1)):] = 0    # as if sampled at 8 to 16 kHz
+    mel = compress(power)
+    band, moment = rng.randrange(mel.shape[0] - 10), rng.randrange(mel.shape[1])
+    mel[band:band + rng.randrange(10)] = 0
+    mel[:, moment:moment + rng.randrange(12)] = 0
+    return mel
+
+
+def augmented_frames(frames, rng):
+    """frames (T, H, W) with dropped frames, a shift of up to 2 pixels and a mirror (not in the paper)."""
+    if rng.random() < 0.1:
+        frames = frames[[max(0, t - (rng.random() < 0.2)) for t in range(len(frames))]]
+    frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2))
+    return frames.flip(2) if rng.random() < 0.5 else frames
+
+
+def batch(clips, streams, rng=None, voices=()):
+    """Clips -> {stream: (x, lengths (B,))}, zero-padded: audio (B, M, frames), video (B, 1, T, H, W) in 0 to 1.
+
+    With a random.Random `rng` the clips are augmented, with babble of the clips `voices`. Real clips also
+    change their pace."""
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
+    features = {}
     if "audio" in streams:
         rows = []
         for clip, pace in zip(clips, paces):
-            power = 10 ** torch.from_numpy(clip.mel).float()
-            if rng and voices and rng.random() < (0.5 if clip.aligned else 0.25):
-                power = noisy_power(power, voices, rng)
-            if rng and rng.random() < 0.08:
-                power[int(len(power) * rng.uniform(0.78, 1)):] = 0  # as sampled at 8 to 16 kHz
-            mel = compress(power)
             if rng:
-                band, moment = rng.randrange(mel.shape[0] - 10), rng.randrange(mel.shape[1])
-                mel[band:band + rng.randrange(10)] = 0
-                mel[:, moment:moment + rng.randrange(12)] = 0
-            rows.append(at_pace(mel.T, pace))
-        features["audio"] = pad_sequence(rows, True).mT.contiguous(), torch.tensor([len(row) for row in rows])
+                mel = augmented_mel(clip, rng, voices)
+            else:
+                mel = compress(10 ** torch.from_numpy(clip.log_power).float())
+            rows.append(change_pace(mel.T, pace))                                # (frames, M)
+        lengths = torch.tensor([len(row) for row in rows])
+        features["audio"] = pad_sequence(rows, batch_first=True).mT.contiguous(), lengths
     if "video" in streams:
         rows = []
         for clip, pace in zip(clips, paces):
-            frames = at_pace(torch.from_numpy(clip.frames), pace)
-            if rng and rng.random() < 0.1:
-                frames = frames[[max(0, t - (rng.random() < 0.2)) for t in range(len(frames))]]
-            if rng:
-                frames = frames.roll((rng.randint(-2, 2), rng.randint(-2, 2)), (1, 2)).flip([2] * (rng.random() < 0.5))
-            rows.append(frames.float() / 255)
-        features["video"] = pad_sequence(rows, True)[:, None], torch.tensor([len(row) for row in rows])
+            frames = change_pace(torch.from_numpy(clip.frames), pace)
+            frames = augmented_frames(frames, rng) if rng else frames
+            rows.append(frames.float() / 255)                                    # (T, H, W)
+        lengths = torch.tensor([len(row) for row in rows])
+        features["video"] = pad_sequence(rows, batch_first=True)[:, None], lengths
     return features
 
 
-def to(device, features):
-    """Move features to a device."""
+def to_device(features, device):
+    """The same {stream: (x, lengths)} on a device."""
     return {stream: (x.to(device), lengths.to(device)) for stream, (x, lengths) in features.items()}
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=8)
+def epoch_order(n_clips, seed, epoch):
+    """The order of the clips in one epoch, a function of (seed, epoch)."""
+    return random.Random(f"{seed} {epoch}").sample(range(n_clips), n_clips)
+
+
+def drawn_clips(clips, size, seed, step):
+    """The `size` clips of one step, a function of (seed, step). Steps in a row use each clip once an epoch."""
+    chosen = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, position = divmod(place, len(clips))
+        chosen.append(clips[epoch_order(len(clips), seed, epoch)[position]])
+    return chosen
+
+
+# --- text -------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("<bos>", "<eos>", "<transcribe>")    # <transcribe> is the whole prompt
+
 
 def normalize(text):
-    """What training, WER and transcripts share: lower case, letters, digits and apostrophes, single spaces."""
-    return " ".join(re.sub(r"[^\w']|_", " ", text.lower().replace("’", "'")).split())
-
-
-SPECIAL_TOKENS = ("<bos>", "<eos>", "<transcribe>")  # the last is the whole prompt
+    """Lower case; letters, digits and apostrophes; single spaces. Training, WER and transcripts share it."""
+    text = text.lower().replace("’", "'")
+    return " ".join(re.sub(r"[^\w']|_", " ", text).split())
 
 
 def make_tokenizer(words):
-    """A tiktoken Encoding of <bos>, <eos>, the prompt, all bytes, and each word with its leading space as one token."""
-    pieces = [bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words]
-    return tiktoken.Encoding("mome", pat_str=r" ?\S+|\s+", mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
-                             special_tokens={name: len(pieces) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    """A tiktoken Encoding: 256 bytes (id = byte), then each word with its leading space, then SPECIAL_TOKENS."""
+    tokens = [bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words]
+    return tiktoken.Encoding(
+        "mome",
+        pat_str=r" ?\S+|\s+",
+        mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        special_tokens={name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 def common_words(texts, most=4096):
-    """The words of these texts, the commonest first, then by alphabet."""
+    """The most common words of the texts, by count, then by alphabet."""
     counts = Counter(word for text in texts for word in text.split())
     return sorted(counts, key=lambda word: (-counts[word], word))[:most]
 
 
-def save_tokenizer(words, folder):
-    """Write what `load_tokenizer` needs: the words, in the order of their ids."""
-    text = json.dumps({"words": list(words)}) + "\n"
-    write_whole(Path(folder) / "tokenizer.json", lambda path: path.write_text(text, "utf-8"))
-
-
 def load_tokenizer(folder):
-    """The tokenizer of the checkpoint, or of the HF model, in `folder`; its `encode` adds no special tokens."""
+    """The tokenizer of a checkpoint or of an HF model in `folder`. Its `encode` adds no special tokens."""
+    from real.files import read_json
+    from real.tokenizer import read_tokenizer
     path = Path(folder, "tokenizer.json")
-    ours = path.is_file() and weights.read_json(path).get("words")
-    return make_tokenizer(ours) if ours else weights.read_tokenizer(folder)
-
-
-# --- real clips ------------------------------------------------------------------------------------------------------
-
-def read_pieces(path, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None):
-    """Yield (start in seconds, Clip) of the pieces of any media file, none longer than `longest` seconds, parted at pauses; None: the
-    whole file as one. Its mouths at (size, size), see mouth.py; a stream that it lacks, or that is silent, is None.
-
-    Raises ClipError. Where ffmpeg has read past some damage it is a ClipError for a whole, and a note for pieces."""
-    source, steps, n_frames = media.probe(path), round((longest or MAX_SECONDS + 1) * FPS), 0
-    wanted = ((i, i + steps) for i in endless(0, steps))
-    level = media.loudness(source) if longest and source.sound else []
-    if len(level) and max(level) < -80:
-        source, level = replace(source, sound=False), []
-    only = media.only(source, streams)
-    if longest and not source.sound and source.seconds > longest:
-        with closing(mouth.mouths(only, size, box, cache)) as frames:
-            level = media.motion(frames)
-    wanted, source = media.spans(level, steps) if len(level) > steps else wanted, only
-    with ExitStack() as stack:
-        wave = media.samples(stack.enter_context(media.sound(source))) if source.sound else None
-        frames = stack.enter_context(closing(mouth.mouths(source, size, box, cache))) if source.picture else None
-        for start, heard, seen in media.pieces(wave, frames, wanted):
-            heard = None if not longest and heard is not None and np.abs(heard).max() < 1e-4 else heard
-            n_frames = start + max(0 if seen is None else len(seen), 0 if heard is None else len(heard) // SAMPLES_PER_FRAME)
-            if heard is not None or seen is not None:
-                if n_frames < MIN_FRAMES:
-                    break
-                yield start / FPS, with_mel(Clip(str(path), text, heard, seen), n_mels=n_mels)
-    if n_frames < MIN_FRAMES:
-        raise ClipError(f"{shown(path)}: " + (f"{n_frames / FPS:.2f} s long, too short for a word" if n_frames else "its sound is silent"
-                                              if media.probe(path).sound else "no picture in it can be read"))
-    if source.complaints and not longest:
-        raise ClipError(f"{shown(path)}: damaged; ffmpeg says: {source.complaints[0]}")
-    if source.complaints:
-        media.note(f"{shown(path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
-
-
-def read_clip(path, **how):
-    """A media file of at most 30 s -> Clip; `how` and errors: see `read_pieces`."""
-    (_, clip), *more = read_pieces(path, None, **how)
-    if more or clip.duration > MAX_SECONDS:
-        raise ClipError(f"{shown(path)}: longer than {MAX_SECONDS} s; cut it into pieces")
-    return clip
-
-
-# --- writing clips ---------------------------------------------------------------------------------------------------
-
-def write_clip(clip, path):
-    """Write a clip as mp4 with its transcript beside it, each whole or not at all."""
-    write_whole(Path(path).with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n"))
-    media.write_mp4(path, clip.frames, clip.wave)
-
-
-def write_talker_clips(out, count, part, seed, size=96):
-    """Write `count` clips of this part's talkers and sentences as NAME.mp4 and NAME.txt; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i in tqdm(range(count), "writing clips", leave=False):
-        clip = talker_clip((part, i, seed, size, True))
-        paths.append(out / f"sample{i + 1}_{clip.name}.mp4")
-        write_clip(clip, paths[-1])
-    return paths
-
-
-DIGITS = "zero one two three four five six seven eight nine".split()
-
-
-def cut_digit_strings(recordings, out, talkers, seed):
-    """Free Spoken Digit Dataset ({digit}_{talker}_{take}.wav) -> out/train (800) and out/test (200): flac and txt.
-
-    Strings of 3 to 6 digits of one talker, 40 to 160 ms apart; the test part has other takes and no string in common."""
-    rng, tested = random.Random(seed), set()
-    for part, takes, n_clips in (("test", range(0, 5), 200), ("train", range(5, 50), 800)):
-        (out / part).mkdir(parents=True, exist_ok=True)
-        for n in tqdm(range(n_clips), part, leave=False):
-            talker, digits = rng.choice(talkers), None
-            while digits is None or (part == "train" and digits in tested):
-                digits = tuple(rng.choices(range(10), k=rng.randint(3, 6)))
-            tested |= {digits} if part == "test" else set()
-            pieces = [np.zeros(int(rng.uniform(.08, .2) * 8000))]
-            for digit in digits:
-                path = recordings / f"{digit}_{talker}_{rng.choice(takes)}.wav"
-                if not path.is_file():
-                    raise ClipError(f"{path}: no such recording; RECORDINGS is that dataset's folder of wav files")
-                wave, rate = soundfile.read(path)
-                if rate != 8000 or wave.ndim != 1:
-                    raise ClipError(f"{path}: {rate} Hz, {wave.ndim} axes; these recordings are 8000 Hz, mono")
-                pieces.append(wave / (np.abs(wave).max() + 1e-6) * rng.uniform(.3, .8))
-                pieces.append(np.zeros(int(rng.uniform(.04, .16) * 8000)))
-            name = out / part / f"{talker}_{n:04d}"
-            soundfile.write(name.with_suffix(".flac"), np.concatenate(pieces), 8000)
-            name.with_suffix(".txt").write_text(" ".join(DIGITS[d] for d in digits) + "\n")
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = argv[0] if argv[:1] in (["fsdd"], ["check"]) else "talker"
-    if command != "talker":
-        parser.add_argument("command", help=command)
-    if command == "check":
-        parser.add_argument("folder", type=Path, help="of clips with transcripts, or with a manifest.csv")
-    elif command == "fsdd":
-        parser.add_argument("recordings", type=Path, help="the dataset's folder of {digit}_{talker}_{take}.wav")
-        parser.add_argument("out", type=Path, help="folder to write")
-        parser.add_argument("--talkers", default="george,jackson,nicolas,theo", help="comma-separated (default %(default)s)")
-    else:
-        parser.add_argument("--out", type=Path, default=Path("clips"), help="folder to write (default %(default)s)")
-        parser.add_argument("--count", type=int, default=8, help="number of clips (default %(default)s)")
-        parser.add_argument("--part", choices=SPLITS, default="train", help="whose talkers and sentences (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    args = parser.parse_args(argv, argparse.Namespace(command=command))
-    if args.seed < 0 or command == "talker" and args.count < 1:
-        parser.error("--seed must be 0 or more, and --count 1 or more")
-    return args
-
-
-def main(argv=None):
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        if args.command == "check":
-            from folders import check  # it builds on this file
-            return check(args.folder)
-        if args.command == "fsdd":
-            cut_digit_strings(args.recordings, args.out, args.talkers.split(","), args.seed)
-        else:
-            for path in write_talker_clips(args.out, args.count, args.part, args.seed):
-                print(path)
-    except (ClipError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    words = read_json(path).get("words") if path.is_file() else None
+    return make_tokenizer(words) if words else read_tokenizer(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from real.clips import main     # the command line; real/clips.py imports this module
+    sys.exit(main(sys.argv[1:]))

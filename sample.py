@@ -1,362 +1,376 @@
-"""Transcribe clips with a trained model.
+"""Decode: transcribe clips with a trained model, and measure its word error rate.
 
     python sample.py                              the three unseen clips that train.py wrote
-    python sample.py clip.mp4 --rate 8 --json     one's own clip, with fewer tokens for the LLM to read
-    python sample.py talk.mp4 --srt talk.srt      a long one, with subtitles
+    python sample.py clip.mp4 --rate 8 --json     your own clip, with fewer tokens for the LLM to read
+    python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
-A line of text for each clip, on stdout; what goes wrong with a clip is one line on stderr. Exit code 0; 1 if some clips
-failed; 2 if nothing could be transcribed. From Python: `sample.transcribe("clip.mp4")`. Clips longer than those of training
-are parted at pauses, and what is said in the pieces is put together.
+Prints a line of text for each clip on stdout, and a line on stderr for a clip that cannot be read. Exit code: 0;
+1 if some clips failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the
+training clips is cut at pauses, and the texts of the pieces are joined.
+
+Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """
 import argparse
 import json
-import math
-import os
 import sys
-import textwrap
 import time
-from dataclasses import asdict
-from functools import lru_cache
-from itertools import islice, product
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 
+import jiwer
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-import media
-import mouth
-from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
-from media import SUFFIXES, ClipError, shown
-from mome import AVSR, AVSRConfig, Llama, LlamaConfig
-from weights import WeightsError, fingerprint, write_json, write_whole
+from data import TASKS, TOKENS_PER_SECOND, ClipError, parse_rates, task_rates
+from encoders import valid_mask
+from real import media, mouth
+from real.checkpoint import FLAGS, load_model, reading
+from real.clips import read_pieces
+from real.files import run_script, shown
+from real.subtitles import write_srt
 
-TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}
-EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")
-PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # what may be real: frozen, from files of others
-FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # that name those files
-TOKENS = {"audio": 50, "video": 25}  # a second, at rate 1
-PIECES = 8       # of a long clip, decoded together
+TEST_BATCH = 50     # hypotheses that are decoded together in a test
+PIECES = 8          # pieces of a long clip that are decoded together
 
 
-# --- rates and tasks -------------------------------------------------------------------------------------------------
+# --- decoding ---------------------------------------------------------------------------------------------
 
-def parse_rates(text):
-    """'2,4,8' | '4:2,16:5' | '4,16x2,5' -> [(audio rate, video rate)], each once; ValueError says what is wrong."""
-    try:
-        if "x" in text:
-            audio, video = text.split("x")
-            pairs = product(audio.split(","), video.split(","))
-        else:
-            pairs = [part.split(":") if ":" in part else (part, part) for part in text.split(",")]
-        pairs = [(int(audio), int(video)) for audio, video in pairs]
-    except ValueError:
-        raise ValueError(f"rates {text!r} are not like '2,4,8', '4:2,16:5' or '4,16x2,5'") from None
-    if min(map(min, pairs)) < 1:
-        raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 or more")
-    return list(dict.fromkeys(pairs))
+class KVCache:
+    """Keys and values of all layers, two tensors (layers, B * W, kv heads, S, D/H).
+
+    The prefix is computed once per clip and copied to its W beams. After that, one token is appended to every
+    beam. Prefixes of unequal length leave padding between the prefix and the generated tokens."""
+
+    def __init__(self, config, lengths, slots, like, beam=1):
+        shape = (config.n_layers, len(lengths) * beam, config.n_kv_heads, slots, config.head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths, self.beam = lengths.repeat_interleave(beam), beam     # of the prefixes
+        self.is_ragged = bool((lengths != lengths[0]).any())
+        self.filled = self.prefix = 0                                       # slots in use, of them by prefixes
+
+    def writer(self, layer):
+        """The function that one layer calls with new k and v (B or B * W, kv heads, T, D/H)."""
+        def write(k, v):
+            start, end = self.filled, self.filled + k.shape[2]
+            copies = self.beam if start == 0 else 1
+            self.k[layer, :, :, start:end] = k.repeat_interleave(copies, 0)
+            self.v[layer, :, :, start:end] = v.repeat_interleave(copies, 0)
+            if layer == len(self.k) - 1:
+                self.filled, self.prefix = end, self.prefix or end
+            return (k, v) if start == 0 else (self.k[layer, :, :, :end], self.v[layer, :, :, :end])
+        return write
+
+    def mask(self):
+        """(B * W, 1, 1, S) true where the next token may look. None for a prefix, which is causal."""
+        if self.filled == 0 or not self.is_ragged:
+            return None
+        slot = torch.arange(self.filled + 1, device=self.k.device)
+        valid = (slot < self.lengths[:, None]) | (slot >= self.prefix)
+        return valid[:, None, None]
+
+    def reorder(self, rows):
+        """Beam i goes on from the generated tokens of beam rows[i]. The beams of one clip share their prefix."""
+        generated = slice(self.prefix, self.filled)
+        for store in (self.k, self.v):
+            store[:, :, :, generated] = store[:, rows, :, generated]
 
 
-def task_streams(tasks):
-    """The streams that these tasks read."""
-    return {stream for task in tasks for stream in TASKS[task]}
+@torch.no_grad()
+def generate(llm, prefixes, eos, beam=1, max_tokens=32):
+    """Continue `prefixes` (B tensors (T_b, D)) -> B pairs (token ids, mean log-probability per token).
+
+    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. A hypothesis that has ended
+    waits and adds 0 to its score. The best has the highest mean log-probability (not in the paper)."""
+    B, W, V, device = len(prefixes), beam, llm.config.vocab_size, prefixes[0].device
+    clip = torch.arange(B, device=device)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    x = pad_sequence(prefixes, batch_first=True)
+    cache = KVCache(llm.config, lengths, x.shape[1] + max_tokens, x, W)
+    last = llm.hidden_states(x, valid_mask(lengths, x.shape[1]), cache=cache)[clip, lengths - 1]     # (B, D)
+    last = last.repeat_interleave(W, 0)                                                              # (B * W, D)
+    scores = torch.full((B, W), -torch.inf, device=device)
+    scores[:, 0] = 0                                     # at first all beams of a clip are the same
+    tokens = torch.zeros(B * W, 0, dtype=torch.long, device=device)
+    done = torch.zeros(B * W, dtype=torch.bool, device=device)
+    wait = torch.full((V,), -torch.inf, device=device)
+    wait[eos] = 0
+    for step in range(max_tokens):
+        logp = llm.logits(last).float().log_softmax(-1)
+        logp = torch.where(done[:, None], wait, logp).view(B, W, V)
+        scores, best = (scores[..., None] + logp).flatten(1).topk(W)         # (B, W) of W * V continuations
+        parents = (clip[:, None] * W + best // V).flatten()                  # the beam that each one continues
+        chosen = (best % V).flatten()                                        # and its new token
+        tokens = torch.cat([tokens[parents], chosen[:, None]], 1)
+        done = done[parents] | (chosen == eos)
+        if step == max_tokens - 1 or done.all():
+            break
+        if W > 1:
+            cache.reorder(parents)
+        positions = (cache.lengths + step)[:, None, None]                    # (B * W, 1, 1)
+        last = llm.hidden_states(llm.embed_tokens(chosen[:, None]), positions=positions, cache=cache)[:, 0]
+    n_tokens = (tokens != eos).sum(-1).view(B, W)
+    means = scores / (n_tokens + done.view(B, W)).clamp(min=1)
+    tokens = tokens.view(B, W, -1)
+    winners = means.argmax(-1).tolist()
+    return [(tokens[b, w, :n_tokens[b, w]].tolist(), means[b, w].item()) for b, w in enumerate(winners)]
 
 
-def task_rates(task, pairs):
-    """The `rates` dicts of a task: every pair for avsr, the distinct rates of its one stream for asr and vsr."""
-    found = [{s: r for s, r in zip(("audio", "video"), pair) if s in TASKS[task]} for pair in pairs]
-    return [rates for i, rates in enumerate(found) if rates not in found[:i]]
+def decode(model, encoded, rates, beam=1):
+    """Encoded clips -> for each (token ids, mean log-probability, rates, number of prefix tokens that were read)."""
+    prefixes = model.prefix(encoded, rates)
+    hypotheses = generate(model.llm, prefixes, model.config.eos, beam, model.config.max_tokens)
+    return [(*hypothesis, rates, len(prefix)) for hypothesis, prefix in zip(hypotheses, prefixes)]
 
 
 def trained_rates(task, config):
-    """The `rates` dicts of a task that the checkpoint of this config was trained at, from the coarsest to the finest."""
-    return sorted(task_rates(task, config["rates"]), key=lambda rates: sum(TOKENS[s] / r for s, r in rates.items()))
+    """The sets of rates of a task that a checkpoint was trained at, from the coarsest to the finest."""
+    def tokens_per_second(rates):
+        return sum(TOKENS_PER_SECOND[stream] / rate for stream, rate in rates.items())
+    return sorted(task_rates(task, config["rates"]), key=tokens_per_second)
 
 
-def ladder(task, config, rate=None):
-    """At what to decode -> [(rates, threshold)], see `decode`. `rate` '4', or audio:video '4:2', also one that was never trained;
-    None: the finest of those that were. 'auto': the coarsest, then one between the finest and the next: at 3/2 of the finest, a
-    third of its tokens are saved and hardly a word is lost (not in the paper). `config`: a checkpoint's."""
-    trained = trained_rates(task, config)
+def decoder_at(rate, task, config):
+    """A function (model, encoded, beam=1) that decodes at `rate`; `config` is a checkpoint's.
+
+    rate: '4'; '4:2' for audio:video; also one that was never trained; None: the finest trained rate; 'auto':
+    see extras/auto.py. ValueError says what is wrong."""
     if rate == "auto":
-        if config.get("auto", {}).get(task) is None:
-            raise ValueError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
-        finer = {stream: min(math.ceil(1.5 * r), trained[0][stream]) for stream, r in trained[-1].items()}
-        return [(trained[0], config["auto"][task]), (finer, -math.inf)][finer == trained[0]:]
-    found = task_rates(task, parse_rates(rate)) if rate is not None else trained[-1:]
-    if len(found) > 1:
+        from extras.auto import auto_decoder
+        return auto_decoder(task, config)
+    rate_sets = trained_rates(task, config)[-1:] if rate is None else task_rates(task, parse_rates(rate))
+    if len(rate_sets) > 1:
         raise ValueError(f"--rate {rate!r}: a clip is read at one rate, like 4 or 4:2, or at auto, or at all")
-    return [(found[0], -math.inf)]
+    return partial(decode, rates=rate_sets[0])
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-def read_parts(paths, dtype, experts, padded):
-    """{"llm": folder, "audio": folder, "video": file} or some of them -> {part: module}, in `dtype`; the LLM with new MoME
-    modules as `experts` says, the audio encoder `padded` or not. Raises weights.WeightsError."""
-    more = {"llm": experts, "audio": {"padded": padded}, "video": {}}
-    return {part: PARTS[part].from_pretrained(path, dtype, **more[part]) for part, path in paths.items()}
-
-
-def dtype_on(device):
-    """In what real frozen parts are held: bf16 on a GPU, else fp32. What is trained is fp32 everywhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def stored(name, parts):
-    """Whether a checkpoint holds this tensor: not that of a real frozen part, which it only names."""
-    owner, inside = name.split(".")[:2]
-    return ".mome." in name or (inside if owner == "encoders" else owner) not in parts
-
-
-def identify(paths):
-    """{part: path} of real parts -> {part: where it is and what tells it from others}, as a checkpoint keeps it."""
-    return {part: {"path": os.path.abspath(path)} | fingerprint(path) | fingerprint(path, whole=True) for part, path in paths.items()}
-
-
-def save_model(model, folder, parts, **more):
-    """Write model.safetensors: what was trained and the stand-ins; and config.json: the model's config, the real `parts`
-    (see `identify`) and `more` (rates, tasks)."""
-    state = {name: t for name, t in model.state_dict().items() if stored(name, parts)}
-    write_whole(Path(folder) / "model.safetensors", lambda path: save_file(state, path))
-    write_json(Path(folder) / "config.json", {"model": asdict(model.config), "parts": parts, **more})
-
-
-class CheckpointError(ValueError):
-    """A folder without a readable checkpoint; the message says which and what is wrong."""
-
-
-def check_part(folder, part, path, known, verify):
-    """Raises CheckpointError if what is at `path` is not what the checkpoint in `folder` was trained with."""
-    if not Path(path).exists():
-        raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
-    found = fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
-    differing = [key for key in found if found[key] != known[key]]
-    if differing:
-        raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its "
-                              + ", ".join(f"{key} is {str(found[key])[:16]}, not {str(known[key])[:16]}" for key in differing))
-
-
-def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
-    """-> (AVSR in eval mode, the dict of config.json). Its real parts are looked for at `paths` ({part: path}), else where
-    they were in training, and compared with what they were (`verify`: every byte). Raises CheckpointError, WeightsError."""
-    folder, paths = Path(folder), paths or {}
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
-
-    def build(kind, values):
-        return values and kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        sizes = {part: build(kind, config["model"][part])
-                 for part, kind in (("llm", LlamaConfig), ("audio", AudioConfig), ("video", VideoConfig))}
-        config["paths"] = {part: str(paths.get(part) or known["path"]) for part, known in config["parts"].items()}
-        if extra := [FLAGS[part] for part in paths if part not in config["parts"]]:
-            raise CheckpointError(f"{folder}: holds its own stand-in for what {extra[0]} names; leave {extra[0]} out")
-        for part, path in config["paths"].items():
-            check_part(folder, part, path, config["parts"][part], verify)
-        experts = {name: getattr(sizes["llm"], name) for name in EXPERTS}
-        real = read_parts(config["paths"], dtype_on(device), experts, sizes["audio"] is not None and sizes["audio"].padded)
-        for part, module in real.items():
-            if module.config != sizes[part]:
-                raise CheckpointError(f"{config['paths'][part]}: its config.json is not the one that {folder} was trained with")
-        model = AVSR(build(AVSRConfig, config["model"] | sizes), **real)
-        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-        if wrong := [*unexpected, *(name for name in missing if stored(name, real))]:
-            raise CheckpointError(f"{folder}: damaged, or of another version: {wrong[0]} is missing or unknown")
-    except (CheckpointError, WeightsError):
-        raise
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: damaged, or of another version: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), config
-
-
-def reading(audio, video):
-    """How clips are read for encoders of these configs (None: no such, or a stand-in): size of pictures, number of mel bands."""
-    return {"size": (video or VideoConfig()).picture, "n_mels": (audio or AudioConfig()).n_mels}
-
-
-# --- transcribe a clip -----------------------------------------------------------------------------------------------
+# --- transcribe a clip ------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
 def load(ckpt, verify=False, **paths):
-    """Folder of a checkpoint, and where its real parts (llm, audio, video) are now -> (model, its config.json, tokenizer)."""
-    model, config = load_model(ckpt, {part: path for part, path in paths.items() if path}, verify,
-                               torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """A checkpoint folder, and where its real parts (llm, audio, video) are now -> model, config, tokenizer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = {part: path for part, path in paths.items() if path}
+    model, config = load_model(ckpt, paths, verify, device)
     return model, config, data.load_tokenizer(config["paths"].get("llm", ckpt))
 
 
-@torch.no_grad()
-def decode(model, encoded, steps, beam=1):
-    """Encoded clips -> for each (token ids, mean log-probability, rates, tokens that the LLM read before a first word).
-
-    `steps` is [(rates, threshold)]: all clips are decoded at the first rates, those whose mean log-probability is below its
-    threshold again at the next, and so on; `tokens` counts all of that."""
-    left, answers = list(range(len(next(iter(encoded.values()))[0]))), {}
-    for rates, threshold in steps:
-        prefixes = model.prefix({stream: (x[left], lengths[left]) for stream, (x, lengths) in encoded.items()}, rates)
-        told = model.llm.generate(prefixes, model.config.eos, beam, model.config.max_tokens)
-        for b, prefix, (ids, logprob) in zip(left, prefixes, told):
-            answers[b] = ids, logprob, rates, len(prefix) + (answers[b][3] if b in answers else 0)
-        left = [b for b in left if answers[b][1] < threshold]
-        if not left:
-            break
-    return [answers[b] for b in range(len(answers))]
-
-
 def choose_task(clip, model, task=None):
-    """The task if the clip and the model have its streams; None: the one with all streams that both have. Or a ClipError."""
-    have = [s for s in model.streams if s in clip.streams]
-    if not set(TASKS[task] if task else have[:1] or ["any"]) <= set(have):
-        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else f"the model reads {' and '.join(model.streams)}"
+    """`task` if clip and model have its streams; None: the task with all streams that both have."""
+    common = [stream for stream in model.encoders if stream in clip.streams]
+    if task is None and common:
+        return next(name for name, streams in TASKS.items() if set(streams) == set(common))
+    if task is None or not set(TASKS[task]) <= set(common):
+        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else (
+            f"the model reads {' and '.join(model.encoders)}")
         raise ClipError(f"{shown(clip.name)}: the clip has {' and '.join(clip.streams)} only, and {needs}")
-    return task or next(t for t, streams in TASKS.items() if set(streams) == set(have))
+    return task
 
 
 @torch.no_grad()
-def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, tell=None, **where):
-    """What is said in the clip at `path` -> dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM before
-    the first words), duration and seconds it took, logprob (mean per output token), and segments: start, end, text and the
-    like of its pieces. Each is passed to `tell` as soon as it is known. `rate`: see `ladder`; `box`: see mouth.py; `where`: see `load`.
+def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **parts):
+    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
+    before the first word), duration (s), seconds (spent), logprob (mean per output token) and segments.
 
-    Raises ClipError for a clip that cannot be read, ValueError for a bad rate or (CheckpointError) checkpoint."""
-    model, config, tokenizer = load(str(ckpt), **where)
-    began, segments, logprobs, progress = time.perf_counter(), [], [], None
-    pieces = data.read_pieces(path, min(data.MAX_SECONDS, 1.1 * config.get("longest", data.MAX_SECONDS) + 0.5),
-                              streams=TASKS[task] if task else model.streams, box=box, **reading(model.config.audio, model.config.video))
-    while group := list(islice(pieces, PIECES)):
-        task = choose_task(group[0][1], model, task)
-        encoded = model.encode(data.to(model.device, data.batch([clip for _, clip in group], TASKS[task])))
-        for (start, clip), (ids, logprob, rates, tokens) in zip(group, decode(model, encoded, ladder(task, config, rate), beam)):
-            segments.append({"start": round(start, 2), "end": round(start + clip.duration, 2), "text": data.normalize(tokenizer.decode(ids)),
-                             "audio_rate": rates.get("audio"), "video_rate": rates.get("video"), "tokens": tokens, "logprob": round(logprob, 4)})
-            logprobs += [logprob] * (len(ids) + 1)
-            if tell:
-                tell(segments[-1])
-        if len(group) == PIECES:
-            progress = progress or tqdm(total=round(media.probe(path).seconds), desc="transcribing", unit=" s", leave=False)
+    A segment has start, end, text and the like for one piece; `on_segment` is called with each. `rate`: see
+    decoder_at. `box`: see real/mouth.py. `parts`: see load. Raises ClipError for a clip that cannot be read,
+    ValueError for a bad rate, CheckpointError or WeightsError for a bad checkpoint."""
+    model, config, tokenizer = load(str(ckpt), **parts)
+    began, segments, logprobs = time.perf_counter(), [], []
+    source = media.probe(path)
+    streams = TASKS[task] if task else tuple(model.encoders)
+    longest = min(media.MAX_SECONDS, 1.1 * config.get("longest", media.MAX_SECONDS) + 0.5)
+    pieces = read_pieces(source, longest, streams=streams, box=box, **reading(model.config.audio, model.config.video))
+    with tqdm(total=round(source.seconds), desc="transcribing", unit=" s", leave=False, delay=2) as progress:
+        while group := list(islice(pieces, PIECES)):
+            starts, clips = zip(*group)
+            task = choose_task(clips[0], model, task)
+            encoded = model.encode(data.to_device(data.batch(clips, TASKS[task]), model.device))
+            answers = decoder_at(rate, task, config)(model, encoded, beam=beam)
+            for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
+                segments.append({
+                    "start": round(start, 2), "end": round(start + clip.duration, 2),
+                    "text": data.normalize(tokenizer.decode(ids)),
+                    "audio_rate": rates.get("audio"), "video_rate": rates.get("video"),
+                    "tokens": n_tokens, "logprob": round(logprob, 4)})
+                logprobs += [logprob] * (len(ids) + 1)
+                if on_segment:
+                    on_segment(segments[-1])
             progress.update(round(segments[-1]["end"]) - progress.n)
-    if progress:
-        progress.close()
-    rates = {key: {segment[key] for segment in segments} for key in ("audio_rate", "video_rate")}
-    seconds = time.perf_counter() - began
-    return {"clip": str(path), "text": " ".join(filter(None, (segment["text"] for segment in segments))), "task": task,
-            **{key: found.pop() if len(found) == 1 else "auto" for key, found in rates.items()},
-            "tokens": sum(segment["tokens"] for segment in segments), "duration": segments[-1]["end"], "seconds": round(seconds, 3),
+
+    def common(key):
+        values = {segment[key] for segment in segments}
+        return values.pop() if len(values) == 1 else "auto"
+
+    return {"clip": str(path), "text": " ".join(s["text"] for s in segments if s["text"]), "task": task,
+            "audio_rate": common("audio_rate"), "video_rate": common("video_rate"),
+            "tokens": sum(segment["tokens"] for segment in segments), "duration": segments[-1]["end"],
+            "seconds": round(time.perf_counter() - began, 3),
             "logprob": round(sum(logprobs) / len(logprobs), 4), "segments": segments}
 
 
-def every_rate(path, ckpt="out", task=None, beam=1, **more):
-    """`transcribe` at each trained rate, from the coarsest on, with its `flops` -> yields the dicts."""
-    *_, config, _ = load(str(ckpt), **{key: value for key, value in more.items() if key != "box"})
-    task = task or transcribe(path, ckpt, None, None, beam, **more)["task"]
-    for rates in trained_rates(task, config):
-        rate = f"{rates.get('audio', 1)}:{rates.get('video', 1)}"
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # of which it counts the products
-            transcribe(path, ckpt, rate, task, beam, **more)
-        yield transcribe(path, ckpt, rate, task, beam, **more) | {"flops": counter.get_total_flops()}
+# --- measure many clips -----------------------------------------------------------------------------------
+
+def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
+    """Decode all clips, clean and in babble -> {(plan key, snr): [(reference, hypothesis, logprob, tokens)]}.
+
+    plan: {key: (task, decoder)}, see decoder_at. Sound is encoded once per noise and lips once, for all tasks and
+    rates. Lips hear no noise, so vsr is decoded clean only. Clips come in the same order under every key."""
+    voices = [clip for clip in clips if "audio" in clip.streams]
+    clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
+    used = data.task_streams(task for task, _ in plan.values())
+    size = max(1, TEST_BATCH // beam)
+    chunks = []
+    for _, group in groupby(clips, lambda clip: clip.streams):
+        while chunk := list(islice(group, size)):
+            chunks.append(chunk)
+
+    def decode_chunk(chunk):
+        results, encoded = {}, {}
+        for snr in snrs if "audio" in used else [None]:
+            noisy = [data.in_babble(clip, snr, voices) for clip in chunk]
+            fresh = [s for s in chunk[0].streams if s in used and (s == "audio" or s not in encoded)]
+            encoded |= model.encode(data.to_device(data.batch(noisy, fresh), model.device))
+            for key, (task, decoder) in plan.items():
+                if set(TASKS[task]) <= set(encoded) and (snr is None or "audio" in TASKS[task]):
+                    answers = decoder(model, {s: encoded[s] for s in TASKS[task]}, beam=beam)
+                    results[key, snr] = [(clip.text, data.normalize(tokenizer.decode(ids)), logprob, tokens)
+                                         for clip, (ids, logprob, _, tokens) in zip(chunk, answers)]
+        return results
+
+    model.eval()
+    merged = {}
+    with ThreadPoolExecutor(2) as workers:      # two chunks at a time: decoding is many small steps
+        for results in tqdm(workers.map(decode_chunk, chunks), "test", len(chunks), leave=False):
+            for key, rows in results.items():
+                merged.setdefault(key, []).extend(rows)
+    return merged
 
 
-def write_srt(path, segments):
-    """Subtitles: a numbered block of time and text for each segment in which something is said."""
-    def stamp(seconds):
-        ms = round(1000 * seconds)
-        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
-
-    blocks = [f"{i}\n{stamp(s['start'])} --> {stamp(s['end'])}\n{textwrap.fill(s['text'], 42)}\n"
-              for i, s in enumerate((s for s in segments if s["text"]), 1)]
-    write_whole(path, lambda temporary: temporary.write_text("\n".join(blocks), "utf-8"))
+def fixed_plan(tasks, pairs):
+    """The plan that decodes every task at each of its rates: {(task, audio rate, video rate): (task, decoder)}."""
+    return {(task, rates.get("audio"), rates.get("video")): (task, partial(decode, rates=rates))
+            for task in tasks for rates in task_rates(task, pairs)}
 
 
-# --- main ------------------------------------------------------------------------------------------------------------
+def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
+    """Corpus WER (jiwer, after data.normalize) by task, rate and noise -> rows of metrics.json.
+
+    plan: {(task, audio rate, video rate): (task, decoder)}."""
+    rows = []
+    for ((task, audio, video), snr), answers in decode_all(model, clips, plan, snrs, tokenizer, beam).items():
+        references, hypotheses, _, tokens = map(list, zip(*answers))
+        rows.append({
+            "task": task, "audio_rate": audio, "video_rate": video, "snr_db": snr,
+            "wer": jiwer.wer(references, hypotheses), "words": sum(len(r.split()) for r in references),
+            "clips": len(references), "tokens": sum(tokens) / len(tokens), "split": "test"})
+    order, noises = list(plan), list(snrs)
+    return sorted(rows, key=lambda row: (
+        list(TASKS).index(row["task"]), noises.index(row["snr_db"]),
+        order.index((row["task"], row["audio_rate"], row["video_rate"]))))
+
+
+def table(rows):
+    """Rows of metrics.json as text: a line for each task and noise, a column for each audio:video rate.
+
+    The column 'auto' also shows its tokens as a share of those at the finest rate."""
+    lines, widths = {}, {}
+    for row in sorted(rows, key=lambda row: row["audio_rate"] == "auto"):
+        column = ":".join(str(rate) for rate in (row["audio_rate"], row["video_rate"]) if rate)
+        noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g} dB"
+        line = lines.setdefault((row["task"], noise), {})
+        line[column] = f"{100 * row['wer']:.1f}"
+        if column == "auto":
+            line[column] += f" ({100 * row['tokens'] / line['tokens']:.0f}%)"
+        line["tokens"] = max(row["tokens"], line.get("tokens", 0))
+        widths[column] = 14 if column == "auto" else 7
+    text = f"{'WER %':14}" + "".join(f"{column:>{width}}" for column, width in widths.items())
+    for (task, noise), line in lines.items():
+        cells = "".join(f"{line.get(column, ''):>{width}}" for column, width in widths.items())
+        text += f"\n{task:6}{noise:8}{cells}"
+    return text
+
+
+# --- the command line -------------------------------------------------------------------------------------
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
-    parser.add_argument("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
-    parser.add_argument("--rate", help="compression rate: '4', or '4:2' for audio:video, also one never trained; auto: coarse, and again "
-                                       "finer where the model is in doubt; all: every trained one, with its cost (default: the finest trained)")
-    parser.add_argument("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
-    parser.add_argument("--beam", type=int, default=1, help="beam width, 1 is greedy (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a JSON object per line instead of the text")
-    parser.add_argument("--srt", metavar="FILE", help="write subtitles of the clip")
-    parser.add_argument("--box", metavar="X,Y,W,H", help="where the mouth is in the pictures (default: small square pictures are "
-                                                                   "mouths, in others it is found, which needs requirements-face.txt)")
-    parser.add_argument("--show-crop", metavar="PNG", help="write a contact sheet of the mouths that are read")
+    add = parser.add_argument
+    add("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
+    add("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
+    add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; auto: coarse, "
+                       "and finer where the model is unsure; all: every trained rate (default: the finest trained)")
+    add("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
+    add("--beam", type=int, default=1, help="beam width; 1 is greedy (default %(default)s)")
+    add("--json", action="store_true", help="print a JSON object per line instead of the text")
+    add("--srt", metavar="FILE", help="write subtitles of the clip")
+    add("--box", metavar="X,Y,W,H", help="where the mouth is in the pictures (default: small square pictures are mouths; "
+                                         "in other pictures it is searched, which needs requirements-face.txt)")
+    add("--show-crop", metavar="PNG", help="write a picture of the mouths that are read")
     for part, flag in FLAGS.items():
-        parser.add_argument(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
-    parser.add_argument("--verify", action="store_true", help="compare every byte of the real parts' weights with those of training")
+        add(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
+    add("--verify", action="store_true", help="compare every byte of the real parts with those of training")
     args = parser.parse_args(argv)
     if len(args.clips) != 1 and (args.srt or args.show_crop):
         parser.error("--srt and --show-crop are for one clip")
     return args
 
 
-def say(args, result):
-    """Print what was made of a clip."""
-    if args.json:
-        print(json.dumps(result), flush=True)
-    elif args.rate == "all":
-        rate = ":".join(str(result[key]) for key in ("audio_rate", "video_rate") if result[key])
-        print(f"rate {rate:6} {result['tokens']:5} tokens {result['flops'] / 1e9:8.2f} GFLOPs {result['seconds']:7.2f} s "
-              f"({result['seconds'] / result['duration']:.2f} x real time)  {result['text']}", flush=True)
-    elif not (sys.stdout.isatty() and len(result["segments"]) > 1):  # else it has been told, piece by piece
-        print(result["text"], flush=True)
+def prepare(args, parts):
+    """Check the arguments against the checkpoint before any clip is read -> the clips."""
+    if args.beam < 1:
+        raise ValueError(f"--beam must be 1 or more, not {args.beam}")
+    args.box = args.box and mouth.parse_box(args.box)
+    model, config, _ = load(args.ckpt, **parts)
+    if args.task and not set(TASKS[args.task]) <= set(model.encoders):
+        streams = " and ".join(model.encoders)
+        raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
+    if args.rate != "all":
+        decoder_at(args.rate, args.task or config["tasks"][0], config)
+    samples = sorted(Path(args.ckpt, "samples").glob("*"))
+    clips = args.clips or [path for path in samples if path.suffix.lower() in media.SUFFIXES]
+    if not clips:
+        raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+    return clips
+
+
+def transcribe_and_print(path, args, options):
+    """One clip from the command line: its text or JSON, and the files that were asked for."""
+    if args.show_crop:
+        from extras.sheet import write_sheet
+        write_sheet(media.select_streams(media.probe(path), ("video",)), args.show_crop, args.box)
+    if args.rate == "all":
+        from extras.every_rate import print_every_rate
+        return print_every_rate(path, args.json, **options)
+    piecewise = sys.stdout.isatty() and not args.json
+    show = (lambda segment: tqdm.write(segment["text"])) if piecewise else None
+    result = transcribe(path, rate=args.rate, on_segment=show, **options)
+    if not piecewise:
+        print(json.dumps(result) if args.json else result["text"], flush=True)
+    if args.srt:
+        write_srt(args.srt, result["segments"])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    where = {"verify": args.verify} | {part: getattr(args, part) for part in PARTS}
-    tell = (lambda segment: tqdm.write(segment["text"])) if sys.stdout.isatty() and not args.json and args.rate != "all" else None
+    parts = {"verify": args.verify} | {part: getattr(args, part) for part in FLAGS}
     try:
-        if args.beam < 1:
-            raise ValueError(f"--beam must be 1 or more, not {args.beam}")
-        args.box = args.box and mouth.parse_box(args.box)
-        model, config, _ = load(args.ckpt, **where)
-        if args.task and not set(TASKS[args.task]) <= set(model.streams):
-            raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {' and '.join(model.streams)} only")
-        if args.rate != "all":
-            ladder(args.task or config["tasks"][0], config, args.rate)
-        clips = args.clips or sorted(path for path in Path(args.ckpt, "samples").glob("*")
-                                     if path.suffix.lower() in SUFFIXES)
-        if not clips:
-            raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+        clips = prepare(args, parts)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    options = {"ckpt": args.ckpt, "task": args.task, "beam": args.beam, "box": args.box, **parts}
     failed = 0
     for path in clips:
         try:
-            if args.show_crop:
-                mouth.write_sheet(media.only(media.probe(path), ("video",)), args.show_crop, args.box)
-            how = {"ckpt": args.ckpt, "task": args.task, "beam": args.beam, "box": args.box, **where}
-            for result in every_rate(path, **how) if args.rate == "all" else [transcribe(path, rate=args.rate, tell=tell, **how)]:
-                say(args, result)
-            if args.srt:
-                write_srt(args.srt, result["segments"])
+            transcribe_and_print(path, args, options)
         except (ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1
     return 2 if failed == len(clips) else int(failed > 0)
-
-
-def run_script(main):
-    """Run a script's main() and exit with its code; Ctrl-C and a closed pipe end it without a traceback."""
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:  # as in `python sample.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
 
 
 if __name__ == "__main__":

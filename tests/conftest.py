@@ -13,6 +13,8 @@ import media  # noqa: E402
 import train  # noqa: E402
 from encoders import AudioConfig, VideoConfig  # noqa: E402
 from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
+from real import media  # noqa: E402
+from toy.talker import talker_clip  # noqa: E402
 
 SHARED = ROOT.parent / "shared"  # real clips that some tests use where they are at hand
 
@@ -22,7 +24,7 @@ TRAINED = "--rates 2:2,4:8 --clips 12 --valid-clips 6 --test-clips 5 --audio-ste
 
 def ffmpeg(*options):
     """Run the same ffmpeg as the project, to make files for it to read."""
-    subprocess.run([media.FFMPEG, "-v", "error", "-y", *map(str, options)], check=True)
+    subprocess.run([media.ffmpeg(), "-v", "error", "-y", *map(str, options)], check=True)
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def tiny_avsr(seed=0, vocab=40, **experts):
 @pytest.fixture(scope="session")
 def talker_clips():
     """Five clips of the synthetic talker, of unequal length."""
-    return [data.talker_clip(("train", i, 0, 32, True)) for i in range(5)]
+    return [talker_clip(("train", i, 0, 32, True)) for i in range(5)]
 
 
 @pytest.fixture(scope="session")

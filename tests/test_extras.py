@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_extras.py: the benchmark runs and tells what it says it tells (never how long things take)."""
+"""python -m pytest tests/test_extras.py: the benchmark runs and reports all its sections (never how long it takes)."""
 import json
 
 import pytest
@@ -8,7 +8,8 @@ from extras import bench, curve
 
 def test_rows_of_the_benchmark(capsys, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"seconds": {"clips": 1.5, "stage 3": 2.0}}))
-    assert bench.main(["--quick", "--pairs", "1", "--json", "--sections", "layer,memory,main", "--out", str(tmp_path)]) == 0
+    argv = ["--quick", "--pairs", "1", "--json", "--sections", "layer,memory,main", "--out", str(tmp_path)]
+    assert bench.main(argv) == 0
     document = json.loads(capsys.readouterr().out)
     sections = {row["section"] for row in document["rows"]}
     assert sections == {"layer", "memory", "main job"} and "torch" in document["machine"]
@@ -36,7 +37,8 @@ def test_the_picture(tmp_path):
 
 
 def test_the_learning_curve(tmp_path, capsys):
-    rows = [{"task": "avsr", "audio_rate": 4, "video_rate": 2, "wer": 0.5}, {"task": "asr", "audio_rate": 4, "video_rate": None, "wer": 0.0}]
+    rows = [{"task": "avsr", "audio_rate": 4, "video_rate": 2, "wer": 0.5},
+            {"task": "asr", "audio_rate": 4, "video_rate": None, "wer": 0.0}]
     (tmp_path / "curve.json").write_text(json.dumps([{"step": step, "loss": 1.0, "rows": rows} for step in (10, 20)]))
     assert curve.series(json.loads((tmp_path / "curve.json").read_text())) == {
         "avsr, rate 4:2": ([10, 20], [50.0, 50.0]), "asr, rate 4": ([10, 20], [0.0, 0.0])}

@@ -1,13 +1,14 @@
-"""python -m pytest tests/test_folders.py: folders of clips, their transcripts and parts."""
+"""python -m pytest tests/test_folders.py: folders of clips, their transcripts and splits; cutting strings of digits."""
 import re
 
 import numpy as np
 import pytest
 import soundfile
 
-import data
-from folders import Entry, entries, folder_clips, read, transcript
-from media import ClipError
+from data import ClipError
+from extras import digits
+from real import clips
+from real.folders import Entry, entries, folder_clips, read_entry, transcript
 
 
 def test_transcripts(tmp_path):
@@ -19,9 +20,10 @@ def test_transcripts(tmp_path):
     txt.write_text("Text:  SO IT'S 5, ISN'T IT\nConf:  4\n")
     assert transcript(clip) == "SO IT'S 5, ISN'T IT"
     write_tone(clip.with_suffix(".wav"), "")
-    for content, message in ((b"", "no words"), (b"...\n", "no words"), (b"caf\xe9", "not UTF-8"), (b"word " * 200_000, "1,000,000 letters|999,999 letters")):
+    for content, message in ((b"", "no words"), (b"...\n", "no words"), (b"caf\xe9", "not UTF-8"),
+                             (b"word " * 200_000, "1,000,000 letters|999,999 letters")):
         txt.write_bytes(content)
-        assert re.search(message, str(read(Entry(clip.with_suffix(".wav"), "")))), content[:9]
+        assert re.search(message, str(read_entry(Entry(clip.with_suffix(".wav"), "")))), content[:9]
 
 
 def write_tone(path, text):
@@ -31,26 +33,27 @@ def write_tone(path, text):
         path.with_suffix(".txt").write_text(text)
 
 
-def names(clips):
-    return {part: sorted(clip.name.rpartition("/")[2] for clip in found) for part, found in clips.items()}
+def names(splits):
+    """{split: [Clip]} -> {split: [name of its file]}."""
+    return {split: sorted(clip.name.rpartition("/")[2] for clip in clips) for split, clips in splits.items()}
 
 
-def test_folder_with_parts(tmp_path, capsys):
+def test_folder_with_splits(tmp_path, capsys):
     write_tone(tmp_path / "train/a.wav", "one two")
     write_tone(tmp_path / "train/b.wav", "three")
     write_tone(tmp_path / "train/c.flac", "")
     write_tone(tmp_path / "test/d.wav", "THREE")
     assert names(folder_clips(tmp_path, max_bad=25)) == {"train": ["a.wav"], "test": ["d.wav"]}
-    told = capsys.readouterr().err
-    assert "c.flac: no transcript" in told and "1 training clips" in told
+    notes = capsys.readouterr().err
+    assert "c.flac: no transcript" in notes and "1 training clips" in notes
 
 
 def test_folder_splits_by_talker_or_stem(tmp_path):
     for talker_name in "pqrst":
         for i in range(3):
             write_tone(tmp_path / "many" / talker_name / f"{i}.wav", f"{talker_name} says {i}")
-    clips = folder_clips(tmp_path / "many")
-    people = {part: {clip.name.split("/")[-2] for clip in found} for part, found in clips.items()}
+    many = folder_clips(tmp_path / "many")
+    people = {split: {clip.name.split("/")[-2] for clip in clips} for split, clips in many.items()}
     assert len(people["test"]) == 1 and len(people["train"]) == 4 and not people["test"] & people["train"]
     for i in range(10):
         write_tone(tmp_path / "one" / f"{i}.wav", f"word {i}")
@@ -61,7 +64,7 @@ def test_folder_splits_by_talker_or_stem(tmp_path):
 def test_a_talker_s_sessions_stay_together(tmp_path):
     for session in ("alice/day1", "alice/day2", "bob/day1", "carl/day1", "carl/day2"):
         write_tone(tmp_path / session / "a.wav", session)
-    people = {part: {clip.name.split("/")[-3] for clip in found} for part, found in folder_clips(tmp_path).items()}
+    people = {split: {clip.name.split("/")[-3] for clip in clips} for split, clips in folder_clips(tmp_path).items()}
     assert not people["train"] & people["test"]
 
 
@@ -75,49 +78,50 @@ def test_folder_errors(tmp_path):
         folder_clips(tmp_path, max_bad=100)
 
 
-
-
 # --- layouts ---
 
 def test_manifest(tmp_path, capsys):
     for name in ("a b.wav", "c.wav", "deep/d.wav", "e.wav", "unlisted.wav"):
         write_tone(tmp_path / name, "")
-    (tmp_path / "manifest.csv").write_text('\ufeffpath,text,split,talker\na b.wav,"One, two!",train,ann\nc.wav,three,test,bob\ndeep/d.wav,four,train,ann\ne.wav,five,val,eve\n', "utf-8")
-    clips = folder_clips(tmp_path)
-    assert names(clips) == {"train": ["a b.wav", "d.wav"], "test": ["c.wav"]} and clips["train"][0].text == "one two"
-    (tmp_path / "manifest.csv").write_text("path,text,talker\na b.wav,one,ann\nc.wav,two,bob\ndeep/d.wav,three,ann\ne.wav,four,ann\n")
-    found = {entry.path.name: entry.part for entry in entries(tmp_path)}
-    assert found["a b.wav"] == found["d.wav"] == found["e.wav"] != found["c.wav"]  # a talker is in one part
-    for text, message in (("file,text\na.wav,x\n", "manifest.csv: no column 'path'"), ("path\na.wav\n", "no column 'text'"),
-                          ("", "no column 'path'"), ("path,text\n", "no clips here")):
-        (tmp_path / "manifest.csv").write_text(text)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text('\ufeffpath,text,split,talker\na b.wav,"One, two!",train,ann\nc.wav,three,test,bob\n'
+                        'deep/d.wav,four,train,ann\ne.wav,five,val,eve\n', "utf-8")
+    splits = folder_clips(tmp_path)
+    assert names(splits) == {"train": ["a b.wav", "d.wav"], "test": ["c.wav"]} and splits["train"][0].text == "one two"
+    manifest.write_text("path,text,talker\na b.wav,one,ann\nc.wav,two,bob\ndeep/d.wav,three,ann\ne.wav,four,ann\n")
+    split = {entry.path.name: entry.split for entry in entries(tmp_path)}
+    assert split["a b.wav"] == split["d.wav"] == split["e.wav"] != split["c.wav"]  # a talker is in one split
+    for text, message in (("file,text\na.wav,x\n", "manifest.csv: no column 'path'"), ("", "no column 'path'"),
+                          ("path\na.wav\n", "no column 'text'"), ("path,text\n", "no clips here")):
+        manifest.write_text(text)
         with pytest.raises(ClipError, match=message):
             entries(tmp_path)
-    (tmp_path / "manifest.csv").write_bytes(b"path,text\na.wav,caf\xe9\n")
+    manifest.write_bytes(b"path,text\na.wav,caf\xe9\n")
     with pytest.raises(ClipError, match="manifest.csv: not a table in UTF-8"):
         entries(tmp_path)
-    (tmp_path / "manifest.csv").write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\nc.wav,,train\n")
+    manifest.write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\nc.wav,,train\n")
     folder_clips(tmp_path, max_bad=50)
-    told = capsys.readouterr().err
-    assert "gone.wav: no such file" in told and "c.wav: no words" in told
+    notes = capsys.readouterr().err
+    assert "gone.wav: no such file" in notes and "c.wav: no words" in notes
 
 
 def test_grid_as_downloaded(tmp_path):
     align = "0 100 sil\n100 200 bin\n200 300 blue\n"
-    for talker, where in (("s1", "s1/align"), ("s2", "align"), ("s3", "align/s3"), ("s4", "s4")):
+    for talker, folder in (("s1", "s1/align"), ("s2", "align"), ("s3", "align/s3"), ("s4", "s4")):
         write_tone(tmp_path / talker / f"{talker}a.wav", "")
-        (tmp_path / where).mkdir(parents=True, exist_ok=True)
-        (tmp_path / where / f"{talker}a.align").write_text(align)
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / f"{talker}a.align").write_text(align)
     for entry in entries(tmp_path):
-        assert read(entry).text == "bin blue", entry
+        assert read_entry(entry).text == "bin blue", entry
     assert {entry.talker for entry in entries(tmp_path)} == {"s1", "s2", "s3", "s4"}
 
 
-def test_lrs_parts(tmp_path):
-    for name in ("trainval/p1/00001.wav", "pretrain/p1/00002.wav", "pretrain/p2/00001.wav", "test/p3/00001.wav", "val/p4/00001.wav"):
-        write_tone(tmp_path / name, f"Text:  SAYS {name}\nConf:  4\n")
-    clips = folder_clips(tmp_path)
-    assert {part: len(found) for part, found in clips.items()} == {"train": 3, "test": 1} and clips["test"][0].text.startswith("says test p3")
+def test_lrs_splits(tmp_path):
+    for name in ("trainval/p1/00001", "pretrain/p1/00002", "pretrain/p2/00001", "test/p3/00001", "val/p4/00001"):
+        write_tone(tmp_path / f"{name}.wav", f"Text:  SAYS {name}.wav\nConf:  4\n")
+    splits = folder_clips(tmp_path)
+    assert {split: len(clips) for split, clips in splits.items()} == {"train": 3, "test": 1}
+    assert splits["test"][0].text.startswith("says test p3")
 
 
 def test_max_bad(tmp_path):
@@ -132,13 +136,37 @@ def test_check(tmp_path, capsys):
     for talker in ("ann", "bob"):
         for i in range(3):
             write_tone(tmp_path / talker / f"{i}.wav", f"{talker} says {i}")
-    assert data.main(["check", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "6 clips can be used, 3 test, 3 train; 0 cannot" in told and "1.0 the median" in told and "talkers: 2" in told and "6 audio" in told
+    assert clips.main(["check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 clips can be used, 3 test, 3 train; 0 cannot" in printed and "1.0 the median" in printed
+    assert "talkers: 2" in printed and "6 audio" in printed
     (tmp_path / "ann/0.wav").write_bytes(b"")
     (tmp_path / "bob/1.txt").unlink()
-    assert data.main(["check", str(tmp_path)]) == 1
-    told = capsys.readouterr().out
-    assert "4 clips can be used" in told and "bad: " in told and "0.wav: not readable" in told and "1.wav: no transcript" in told
-    assert data.main(["check", str(tmp_path / "none")]) == 2
+    assert clips.main(["check", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "4 clips can be used" in printed and "bad: " in printed
+    assert "0.wav: not readable" in printed and "1.wav: no transcript" in printed
+    assert clips.main(["check", str(tmp_path / "none")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
+
+
+# --- strings of digits ---
+
+def test_digit_strings(tmp_path):
+    for digit in range(10):
+        for take in range(8):
+            path = tmp_path / "recordings" / f"{digit}_ann_{take}.wav"
+            path.parent.mkdir(exist_ok=True)
+            soundfile.write(path, 0.1 * np.random.default_rng(take).standard_normal(800), 8000)
+    with pytest.raises(ClipError, match="_ann_.*no such recording"):
+        digits.cut_digit_strings(tmp_path / "recordings", tmp_path / "out", ["ann"], 0)  # takes 8 to 49 are missing
+    assert digits.main([str(tmp_path), str(tmp_path / "none"), "--talkers", "ann"]) == 2
+    for digit in range(10):
+        for take in range(8, 50):
+            soundfile.write(tmp_path / "recordings" / f"{digit}_ann_{take}.wav", np.full(800, .1), 8000)
+    assert digits.main([str(tmp_path / "recordings"), str(tmp_path / "out"), "--talkers", "ann"]) == 0
+    texts = {split: {path.read_text().strip() for path in (tmp_path / "out" / split).glob("*.txt")}
+             for split in ("train", "test")}
+    assert not texts["train"] & texts["test"] and len(list((tmp_path / "out/train").glob("*.flac"))) == 800
+    assert all(3 <= len(text.split()) <= 6 for text in texts["test"])
+    assert len(list((tmp_path / "out/test").glob("*.flac"))) == 200

@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 from conftest import SHARED, ffmpeg
 
-import data
-import media
-import mouth
-from media import ClipError
+from data import ClipError
+from extras.sheet import write_sheet
+from real import media, mouth
+from real.clips import read_clip
 
 
 def source(tmp_path, size="320x240", seconds=1):
+    """A clip of a test picture, without a face."""
     path = tmp_path / f"{size}.mp4"
     ffmpeg("-f", "lavfi", "-i", f"testsrc=size={size}:rate=25:duration={seconds}", path)
     return media.probe(path)
 
 
 def face(x=0., y=0., scale=1., turn=0.):
-    """Landmarks (P,) of the mean face, turned, scaled and moved; the lips' own are 20 pixels about the mouth."""
+    """Landmarks (P,) of the mean face, scaled, turned and moved. The lips are 8 to 20 pixels from the mouth."""
     points = np.append(mouth.MEAN_FACE, mouth.MEAN_FACE[3] + np.array([-20, 20, -8j, 8j]))
     return points * scale * np.exp(1j * turn) + complex(x, y)
 
@@ -32,48 +33,50 @@ def test_alignment_undoes_a_similarity(scale, turn):
     assert np.allclose(a * face(30, -20, scale, turn) + b, face())
 
 
-def test_crop_is_the_same_however_the_face_is_turned_and_large():
+def test_crop_does_not_depend_on_the_pose():
     def picture(points):
-        """A dark disc of a sixth of the crop about the mouth, brighter to the right of it, on the transformed plane."""
+        """A dark disc around the mouth, a third of the crop wide, on a plane that is brighter to the right."""
         a, b = mouth.alignment(points)
         y, x = np.mgrid[:768, :768] + .5
         z = a * (x + 1j * y) + b - mouth.MEAN_FACE[3]
         return np.where(abs(z) < 16, 20, 120 + np.clip(z.real, -100, 100)).astype(np.uint8)
 
-    crops = [mouth.crop(picture(points), points, 96).astype(int) for points in (face(200, 200), face(150, 100, 2, .2), face(300, 250, .6, -.3))]
-    assert crops[0].shape == (96, 96) and (crops[0][46:50, 46:50] == 20).all() and crops[0][48, 90] > crops[0][48, 5] + 60
+    poses = face(200, 200), face(150, 100, 2, .2), face(300, 250, .6, -.3)
+    crops = [mouth.crop_mouth(picture(points), points, 96).astype(int) for points in poses]
+    assert crops[0].shape == (96, 96) and (crops[0][46:50, 46:50] == 20).all()
+    assert crops[0][48, 90] > crops[0][48, 5] + 60
     assert all(np.abs(crop - crops[0]).mean() < 3 for crop in crops)
-    assert mouth.crop(picture(face(200, 200)), face(200, 200), 32).shape == (32, 32)
+    assert mouth.crop_mouth(picture(face(200, 200)), face(200, 200), 32).shape == (32, 32)
 
 
 def test_smoothing_and_gaps(tmp_path, capsys):
     clip = source(tmp_path)
-    assert np.allclose(mouth.smoothed(np.stack([face(x) for x in range(40)]))[20], face(20.5 - 1), atol=1.1)
-    assert np.allclose(mouth.smoothed(np.stack([face(5)] * 3)), face(5))
+    assert np.allclose(mouth.smooth(np.stack([face(x) for x in range(40)]))[20], face(20.5 - 1), atol=1.1)
+    assert np.allclose(mouth.smooth(np.stack([face(5)] * 3)), face(5))
     track = {t: face(t) for t in range(40) if not 10 <= t < 20}
-    assert np.allclose(mouth.filled(track, 40, clip), np.stack([face(t) for t in range(40)]))
+    assert np.allclose(mouth.fill_gaps(track, 40, clip), np.stack([face(t) for t in range(40)]))
     assert "no face in frames 10-19 of 40" in capsys.readouterr().err
     with pytest.raises(ClipError, match="no face in frames 3, 10-29 of 40"):
-        mouth.filled({t: face(t) for t in range(40) if not 10 <= t < 30 and t != 3}, 40, clip)
+        mouth.fill_gaps({t: face(t) for t in range(40) if not 10 <= t < 30 and t != 3}, 40, clip)
 
 
 def test_the_largest_face_on_average(tmp_path, capsys):
     clip = source(tmp_path)
     faces = [[face(0, 0, .5), face(300, 0, 1)] if t % 2 else [face(300 + t, 0, 1), face(0, 0, .5)] for t in range(20)]
     faces[7] = [face(0, 0, .5)]
-    found = mouth.largest(faces, clip)
-    assert sorted(found) == [t for t in range(20) if t != 7] and all(points[0].real > 350 for points in found.values())
+    track = mouth.largest_face(faces, clip)
+    assert sorted(track) == [t for t in range(20) if t != 7] and all(points[0].real > 350 for points in track.values())
     assert "2 faces; read is the one largest on average" in capsys.readouterr().err
     with pytest.raises(ClipError, match="no face in any of its frames, 0-2"):
-        mouth.largest([[], [], []], clip)
+        mouth.largest_face([[], [], []], clip)
 
 
 # --- files ---
 
 @contextlib.contextmanager
 def detector(source):
-    """In place of mediapipe: a face in the middle of every picture."""
-    class Found:
+    """It replaces mediapipe and finds a face in the middle of every picture."""
+    class Face:
         def __init__(self):
             landmark = [type("Landmark", (), {"x": 0, "y": 0}) for _ in range(400)]
             for vertices, z in zip(mouth.POINTS.values(), face(256, 256)):
@@ -84,27 +87,28 @@ def detector(source):
     class Mesh:
         def process(self, picture):
             assert picture.shape == (mouth.VIEW, mouth.VIEW, 3)
-            return type("Result", (), {"multi_face_landmarks": [Found()]})
+            return type("Result", (), {"multi_face_landmarks": [Face()]})
     yield Mesh()
 
 
-def test_a_face_is_found_once_and_kept(tmp_path, monkeypatch):
+def test_a_face_is_found_once_and_its_crops_are_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(mouth, "face_mesh", detector)
     clip = source(tmp_path)
-    first = data.read_clip(clip.path, size=48, cache=tmp_path / "crops").frames
+    first = read_clip(clip.path, size=48, cache=tmp_path / "crops").frames
     assert first.shape == (25, 48, 48) and first.std() > 5 and len(list((tmp_path / "crops").iterdir())) == 1
     monkeypatch.setattr(mouth, "face_mesh", None)
-    assert np.array_equal(data.read_clip(clip.path, size=48, cache=tmp_path / "crops").frames, first)
+    assert np.array_equal(read_clip(clip.path, size=48, cache=tmp_path / "crops").frames, first)
 
 
 def test_contact_sheet(tmp_path, monkeypatch):
     monkeypatch.setattr(mouth, "face_mesh", detector)
     clip = source(tmp_path, seconds=2)
-    mouth.write_sheet(clip, tmp_path / "sheet.png")
+    write_sheet(clip, tmp_path / "sheet.png")
     sheet = imageio.imread(tmp_path / "sheet.png")
     assert sheet.shape == (4 * 96, 15 * 96, 3)
-    assert (sheet[48, 48] == (60, 255, 60)).all() and not (sheet[3 * 96:, 6 * 96:].any())  # a landmark; 50 cells of 60
-    mouth.write_sheet(clip, tmp_path / "box.png", (0, 0, 100, 100))
+    assert (sheet[48, 48] == (60, 255, 60)).all()  # a landmark
+    assert not sheet[3 * 96:, 6 * 96:].any()       # 50 cells of 60
+    write_sheet(clip, tmp_path / "box.png", (0, 0, 100, 100))
     assert not (imageio.imread(tmp_path / "box.png")[48, 48] == (60, 255, 60)).all()
 
 
@@ -123,11 +127,13 @@ def test_boxes(tmp_path):
 
 
 def test_small_squares_are_mouths_and_others_need_the_extra(tmp_path, monkeypatch):
-    assert mouth.is_mouth(source(tmp_path, "112x112")) and not mouth.is_mouth(source(tmp_path, "112x96")) and not mouth.is_mouth(source(tmp_path, "128x128"))
+    assert mouth.is_mouth(source(tmp_path, "112x112"))
+    assert not mouth.is_mouth(source(tmp_path, "112x96")) and not mouth.is_mouth(source(tmp_path, "128x128"))
     monkeypatch.setitem(__import__("sys").modules, "mediapipe", None)
-    with pytest.raises(ClipError, match="pip install -r requirements-face.txt; or .* --box x,y,w,h; or .* --task asr") as told:
-        data.read_clip(source(tmp_path).path)
-    assert "\n" not in str(told.value)
+    advice = "pip install -r requirements-face.txt; or .* --box x,y,w,h; or .* --task asr"
+    with pytest.raises(ClipError, match=advice) as error:
+        read_clip(source(tmp_path).path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real GRID clips beside the project")
@@ -135,11 +141,12 @@ def test_real_faces(tmp_path, capfd):
     pytest.importorskip("mediapipe")
     for path in sorted((SHARED / "grid").glob("*.mpg")):
         clip = media.probe(path)
-        points = mouth.find(clip)
-        frames = np.stack(list(mouth.crops(clip, 96, points)))
+        points = mouth.find_landmarks(clip)
+        frames = np.stack(list(mouth.crop_mouths(clip, 96, points)))
         assert frames.shape == (75, 96, 96)
-        for t in range(75):  # the corners of the mouth are in the middle half of the crop's width, its middle in the middle
+        for t in range(75):
             a, _ = mouth.alignment(points[t])
             right, left, upper, lower = a * (points[t][4:] - points[t][3])
-            assert 24 < left.real - right.real < 58 and abs(right.real + left.real) < 12 and -20 < upper.imag < 0 < lower.imag < 24, (path.name, t)
+            assert 24 < left.real - right.real < 58, (path.name, t)  # in the middle half of the crop's width
+            assert abs(right.real + left.real) < 12 and -20 < upper.imag < 0 < lower.imag < 24, (path.name, t)
     assert capfd.readouterr().err.strip() == ""

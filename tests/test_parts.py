@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_parts.py: real frozen parts in train.py and sample.py, the cache of their outputs, what they cost."""
+"""python -m pytest tests/test_parts.py: real parts in train.py and sample.py, the cache of features, costs."""
 import json
 import math
 import os
@@ -14,13 +14,18 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import data
-import features
 import sample
 import train
-import weights
 from encoders import AudioConfig, AudioEncoder, log_mel
 from extras import cost
+from extras.baselines import add_lora
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
+from real import features
+from real.checkpoint import identify, load_model, save_model
+from real.clips import read_clip
+from real.files import CheckpointError, write_whole
+from real.options import parse_options
+from toy.talker import write_talker_clips
 
 transformers = pytest.importorskip("transformers")
 from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe  # noqa: E402
@@ -28,9 +33,10 @@ from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe
 
 def random_whisper(folder, n_mels):
     torch.manual_seed(0)
-    config = transformers.WhisperConfig(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=128, decoder_layers=1,
-                                        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=n_mels, vocab_size=99,
-                                        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.WhisperConfig(
+        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=128, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=n_mels, vocab_size=99,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = transformers.WhisperForConditionalGeneration(config).eval()
     model.save_pretrained(folder)
     return model
@@ -46,14 +52,15 @@ def parts(tmp_path_factory):
     train_bpe(root / "llm", PRE_TOKENIZERS["SmolLM2"])
     random_whisper(root / "whisper", 128)
     torch.save({"model": avhubert_state()}, root / "avhubert.pt")
-    data.write_talker_clips(root / "clips" / "train", 4, "train", 0, size=48)
-    data.write_talker_clips(root / "clips" / "test", 2, "test", 0, size=48)
+    write_talker_clips(root / "clips" / "train", 4, "train", 0, size=48)
+    write_talker_clips(root / "clips" / "test", 2, "test", 0, size=48)
     return root
 
 
 def flags(parts):
-    return ["--llm", str(parts / "llm"), "--audio-encoder", str(parts / "whisper"), "--video-encoder", str(parts / "avhubert.pt"),
-            *f"--data {parts}/clips --rates 2:2,4:8 --steps 2 --batch-size 2 --copies 1 --snr clean,-5".split()]
+    return ["--llm", str(parts / "llm"), "--audio-encoder", str(parts / "whisper"),
+            "--video-encoder", str(parts / "avhubert.pt"), "--data", str(parts / "clips"),
+            *"--rates 2:2,4:8 --steps 2 --batch-size 2 --copies 1 --snr clean,-5".split()]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,11 @@ def test_a_checkpoint_names_the_real_parts_and_holds_what_was_trained(parts, rea
     assert not (real / "tokenizer.json").exists()
 
 
+def generate(model, encoded, rates, max_tokens=None):
+    config = model.config
+    return sample.generate(model.llm, model.prefix(encoded, rates), config.eos, 1, max_tokens or config.max_tokens)
+
+
 def run(capsys, *argv):
     sample.load.cache_clear()
     code = sample.main([str(a) for a in argv])
@@ -89,14 +101,17 @@ def test_sample_reads_it_with_the_real_tokenizer_and_mel_bands(parts, real, caps
     assert code == 0 and len(lines) == 2 and not err
     model, config, tokenizer = sample.load(str(real))
     assert model.config.audio.n_mels == 128 and model.config.video.picture == 96
-    clips = [data.read_clip(json.loads(line)["clip"], size=96, n_mels=128) for line in lines]
-    ids = [model.generate(model.encode(data.batch([clip], ["audio", "video"])), {"audio": 2, "video": 2})[0][0] for clip in clips]
-    assert all(ids) and [json.loads(line)["text"] for line in lines] == [data.normalize(tokenizer.decode(i)) for i in ids]
+    clips = [read_clip(json.loads(line)["clip"], size=96, n_mels=128) for line in lines]
+    encoded = [model.encode(data.batch([clip], ["audio", "video"])) for clip in clips]
+    ids = [generate(model, x, {"audio": 2, "video": 2})[0][0] for x in encoded]
+    texts = [data.normalize(tokenizer.decode(i)) for i in ids]
+    assert all(ids) and [json.loads(line)["text"] for line in lines] == texts
 
 
 def test_eval_only_finds_the_parts_again(parts, real, tmp_path):
     shutil.copytree(real, tmp_path / "out", ignore=shutil.ignore_patterns("cache"))
-    assert train.main(["--eval-only", "--data", str(parts / "clips"), "--rates", "2:2,4:8", "--snr", "clean,-5", "--out", str(tmp_path / "out")]) == 0
+    assert train.main(["--eval-only", "--data", str(parts / "clips"), *"--rates 2:2,4:8 --snr clean,-5".split(),
+                       "--out", str(tmp_path / "out")]) == 0
     rows = [json.loads((out / "metrics.json").read_text())["rows"] for out in (real, tmp_path / "out")]
     assert rows[0] == rows[1]
 
@@ -123,7 +138,56 @@ def test_moved_changed_and_unknown_parts(parts, real, tmp_path, capsys):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].half()
     save_file(tensors, elsewhere / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run(capsys, "--ckpt", out, "--llm", elsewhere)
-    assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "header is" in err[0]
+    assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "sample is" in err[0]
+
+
+def test_a_fine_tuned_llm_is_refused_without_reading_every_byte(parts, real, tmp_path, capsys):
+    """It has the size, names, shapes and config of the LLM of training."""
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    tensors = load_file(tmp_path / "llm/model.safetensors")
+    tuned = {name: t + 1e-3 * torch.randn(t.shape) for name, t in tensors.items()}
+    save_file(tuned, tmp_path / "llm/model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(capsys, "--ckpt", real, "--llm", tmp_path / "llm")
+    assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "bytes" not in err[0]
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tiny, tmp_path, capsys):
+    """Formerly `up` had a row for the bias, config.json had no format and the ResNet was called trunk."""
+    save_model(tiny, tmp_path, {}, words=["a"], rates=[[4, 2]], tasks=["avsr"])
+    tensors = {name.replace(".resnet.", ".trunk."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    for name in [name for name in tensors if name.endswith(".up_bias")]:
+        up = name.removesuffix("_bias")
+        tensors[up] = torch.cat([tensors[up], tensors.pop(name)[:, None]], 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = f"{tmp_path}: made by an older version; train it again: python train.py --out {tmp_path}"
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path)
+    assert str(error.value) == message
+    assert run(capsys, "--ckpt", tmp_path) == (2, [], [f"sample.py: {message}"])
+
+
+@torch.no_grad()
+def test_lora_is_stored_beside_a_real_llm(parts, tmp_path):
+    """A checkpoint of the method lora holds the adapters and projectors, and nothing of the real LLM."""
+    llm = Llama.from_pretrained(parts / "llm")
+    model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm).eval()
+    add_lora(model.llm, rank=3)
+    adapters = {name: p for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
+    for p in adapters.values():
+        p.normal_(std=0.3)
+    save_model(model, tmp_path, identify({"llm": parts / "llm"}), method="lora", lora_rank=3)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert adapters and {name for name in names if name.startswith("llm.")} == set(adapters)
+    loaded, config = load_model(tmp_path)
+    assert config["method"] == "lora"
+    x = model.encode({"audio": (torch.randn(2, 80, 40), torch.tensor([40, 31]))})
+    tokens = model.prefix(x, {"audio": 2})[0][None]
+    torch.testing.assert_close(loaded.llm.hidden_states(tokens), model.llm.hidden_states(tokens))
+    plain = Llama.from_pretrained(parts / "llm")
+    assert not torch.allclose(loaded.llm.hidden_states(tokens), plain.hidden_states(tokens), atol=1e-2)
 
 
 def test_a_stand_in_is_not_replaced(trained, parts, capsys):
@@ -140,7 +204,8 @@ def test_wrong_parts_are_one_line(argv, said, tmp_path, capsys):
     assert len(err) == 1 and said in err[0] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv, said", [(["--preset", "paper"], "--preset paper needs"), (["--audio-encoder", "x"], "--data")])
+@pytest.mark.parametrize("argv, said", [
+    (["--preset", "paper"], "--preset paper needs"), (["--audio-encoder", "x"], "--data")])
 def test_flags_that_need_others(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(argv)
@@ -148,10 +213,12 @@ def test_flags_that_need_others(argv, said, capsys):
 
 
 def test_a_real_llm_reads_stand_in_encoders_and_the_curve_is_kept(parts, tmp_path, capsys):
-    argv = f"--llm {parts}/llm --tasks asr --rates 4 --clips 24 --test-clips 3 --audio-steps 1 --steps 4 --valid-every 2 --snr clean".split()
-    assert train.main([*argv, "--out", str(tmp_path)]) == 0
+    argv = (f"--llm {parts}/llm --tasks asr --rates 4 --clips 24 --test-clips 3 --audio-steps 1 --steps 4 "
+            f"--valid-every 2 --snr clean --out {tmp_path}")
+    assert train.main(argv.split()) == 0
     curve = json.loads((tmp_path / "curve.json").read_text())
-    assert [point["step"] for point in curve] == [2, 4] and all(p["rows"][0]["split"] == "valid" and p["rows"][0]["clips"] >= 2 for p in curve)
+    assert [point["step"] for point in curve] == [2, 4]
+    assert all(point["rows"][0]["split"] == "valid" and point["rows"][0]["clips"] >= 2 for point in curve)
     assert any(name.startswith("encoders.audio.") for name in load_file(tmp_path / "model.safetensors"))
 
 
@@ -161,11 +228,12 @@ def test_experts_stay_fp32_beside_a_bf16_llama(parts):
     llm = Llama.from_pretrained(parts / "llm", torch.bfloat16, n_routed=4, top_k=2, n_shared=1, bottleneck=3)
     model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm)
     encoded = model.encode({"audio": (torch.randn(2, 80, 40), torch.tensor([40, 31]))})
-    model.loss(encoded, [[5, 6], [7]], [{"audio": 2}, {"audio": 4}]).backward()
+    sum(sum(model.loss(encoded, [[5, 6], [7]], rates)) for rates in ({"audio": 2}, {"audio": 4})).backward()
     for name, p in model.named_parameters():
         frozen = name.startswith(("llm.", "encoders.")) and ".mome." not in name
-        assert p.dtype == (torch.bfloat16 if frozen and name.startswith("llm.") else torch.float32) and (p.grad is None) == frozen, name
-    assert all(len(ids) <= 5 for ids, _ in model.generate(encoded, {"audio": 4}, max_tokens=5))
+        dtype = torch.bfloat16 if frozen and name.startswith("llm.") else torch.float32
+        assert p.dtype == dtype and (p.grad is None) == frozen, name
+    assert all(len(ids) <= 5 for ids, _ in generate(model, encoded, {"audio": 4}, max_tokens=5))
 
 
 @torch.no_grad()
@@ -179,7 +247,8 @@ def test_padded_clips_are_what_whisper_was_trained_on(tmp_path):
     batch = torch.nn.utils.rnn.pad_sequence([mel.T for mel in mels], True).mT
     out = ours(batch, torch.tensor([100, 150]))
     assert out.shape == (2, 75, 32)
-    padded = transformers.WhisperFeatureExtractor()([wave.numpy() for wave in waves], sampling_rate=16000, return_tensors="pt")
+    extractor = transformers.WhisperFeatureExtractor()
+    padded = extractor([wave.numpy() for wave in waves], sampling_rate=16000, return_tensors="pt")
     expected = theirs.model.encoder(padded["input_features"]).last_hidden_state
     for row, reference, n in zip(out, expected, (50, 75)):
         torch.testing.assert_close(row[:n], reference[:n], atol=1e-3, rtol=1e-3)
@@ -190,11 +259,12 @@ def test_padded_clips_are_what_whisper_was_trained_on(tmp_path):
 def test_two_runs_may_share_a_cache(parts, tmp_path):
     """Two processes that begin at once on an empty cache: each ends well, and the files are those that one makes."""
     argv = [*flags(parts), "--cache", str(tmp_path / "cache")]
-    runs = [subprocess.Popen([sys.executable, "train.py", *argv, "--out", str(tmp_path / name)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-            for name in ("a", "b")]
+    runs = [subprocess.Popen([sys.executable, "train.py", *argv, "--out", str(tmp_path / name)], cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True) for name in ("a", "b")]
     assert [(run.wait(), "Traceback" in run.communicate()[1]) for run in runs] == [(0, False)] * 2
     files = {p.name: p.read_bytes() for p in (tmp_path / "cache/features").rglob("*") if p.is_file()}
-    assert len(files) == 16 and all(not name.startswith(".") for name in files)  # 4 clips, 2 streams, each as it is and augmented
+    assert len(files) == 16  # 4 clips, 2 streams, each as it is and augmented
+    assert all(not name.startswith(".") for name in files)
     assert train.main([*flags(parts), "--cache", str(tmp_path / "one"), "--out", str(tmp_path / "c")]) == 0
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "one/features").rglob("*") if p.is_file()}
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}) == 1
@@ -203,7 +273,7 @@ def test_two_runs_may_share_a_cache(parts, tmp_path):
 @pytest.fixture
 def kept(parts, tmp_path):
     """-> make(**more): a Features of two real clips and the tiny Whisper in a new folder, and the clips."""
-    clips = [data.read_clip(path, n_mels=128) for path in sorted((parts / "clips/train").glob("*.mp4"))[:2]]
+    clips = [read_clip(path, n_mels=128) for path in sorted((parts / "clips/train").glob("*.mp4"))[:2]]
     model = AVSR(AVSRConfig(LlamaConfig(30), AudioEncoder.from_pretrained(parts / "whisper").config, None),
                  audio=AudioEncoder.from_pretrained(parts / "whisper"))
 
@@ -228,7 +298,7 @@ def test_what_is_there_is_not_made_again(kept, monkeypatch):
     make, clips = kept
     make()
     written = []
-    monkeypatch.setattr(features, "write_whole", lambda path, write: written.append(path) or weights.write_whole(path, write))
+    monkeypatch.setattr(features, "write_whole", lambda path, write: written.append(path) or write_whole(path, write))
     store = make()
     assert not written
     store.path(clips[0], 1, "audio").unlink()  # as after a kill
@@ -236,6 +306,10 @@ def test_what_is_there_is_not_made_again(kept, monkeypatch):
     assert written == [store.path(clips[0], 1, "audio")]
     written.clear()
     make(identity="another encoder")
+    assert len(written) == 6
+    written.clear()
+    monkeypatch.setattr(features, "VERSION", features.VERSION + 1)
+    make()
     assert len(written) == 6
     written.clear()
     make(seed=1)
@@ -261,7 +335,8 @@ def test_distortion_keeps_time_and_bounds():
     for _ in range(40):
         pace = rng.uniform(0.8, 1.25)
         out = features.distort(wave, pace, [wave[:8000][::-1].copy()], rng)
-        assert len(out) == round(16000 * pace) and out.dtype == np.float32 and np.abs(out).max() <= 1 and np.isfinite(out).all()
+        assert len(out) == round(16000 * pace) and out.dtype == np.float32
+        assert np.abs(out).max() <= 1 and np.isfinite(out).all()
         peak = np.abs(np.fft.rfft(out)).argmax() / len(out) * 16000
         assert abs(peak - 1000 / pace) < 30  # slower is deeper
         levels.append(np.sqrt(np.mean(out ** 2)))
@@ -269,32 +344,48 @@ def test_distortion_keeps_time_and_bounds():
 
 
 def test_pictures_and_sound_of_a_copy_keep_pace(talker_clips):
-    heard, seen = (features.augmented(talker_clips[0], s, [talker_clips[1].wave], random.Random(3)) for s in ("audio", "video"))
-    assert abs(len(seen.frames) / 25 - len(heard.wave) / 16000) < 0.05 and len(seen.frames) != len(talker_clips[0].frames)
-    assert heard.mel.shape == (80, len(heard.wave) // 160) and seen.frames.dtype == np.uint8
+    audio, video = (features.augmented(talker_clips[0], stream, [talker_clips[1].wave], random.Random(3))
+                    for stream in ("audio", "video"))
+    assert abs(len(video.frames) / 25 - len(audio.wave) / 16000) < 0.05
+    assert len(video.frames) != len(talker_clips[0].frames) and video.frames.dtype == np.uint8
+    assert audio.log_power.shape == (80, len(audio.wave) // 160)
 
 
 # --- what a model costs ---
 
-def test_the_papers_count_of_active_parameters(capsys):
-    config = train.parse_args(["--preset", "paper", "--dry-run"])
-    assert (config.rates, config.n_routed, config.top_k, config.n_shared, config.bottleneck, config.lr, config.weight_decay,
-            config.epochs, config.beam) == ("4,16x2,5", 23, 4, 1, 12, 1e-3, 0.1, 10, 15)
+def train_config(*argv):
+    return parse_options(train.TrainConfig, argv, "", "", train.PRESETS, train.check)
+
+
+def test_the_papers_count_of_active_parameters():
+    config = train_config("--preset", "paper", "--dry-run")
+    assert (config.rates, config.n_routed, config.top_k, config.n_shared, config.bottleneck, config.lr,
+            config.weight_decay, config.epochs, config.beam) == ("4,16x2,5", 23, 4, 1, 12, 1e-3, 0.1, 10, 15)
     with torch.device("meta"):
         count = cost.parameters(AVSR(cost.sizes(config)))
-    assert count["active"] == 28 * (5 * (2 * 12 * 3072 + 12 + 3072) + 23 * 3072) and round(count["active"] / 1e6, 1) == 12.7
+    assert count["active"] == 28 * (5 * (2 * 12 * 3072 + 12 + 3072) + 23 * 3072)
+    assert round(count["active"] / 1e6, 1) == 12.7
     assert round(count["LLM"] / 1e9, 2) == 3.21 and round(count["encoders"] / 1e6) in range(620, 640)
 
 
 def test_other_flags_win_over_the_preset():
-    assert train.parse_args(["--rates", "2", "--preset", "paper", "--dry-run"]).rates == "2"
+    assert train_config("--rates", "2", "--preset", "paper", "--dry-run").rates == "2"
+
+
+def test_a_dry_run_counts_lora(capsys):
+    assert train.main("--dry-run --method lora --tasks asr --rates 4".split()) == 0
+    counts, _ = cost.report(train_config(*"--dry-run --method lora --tasks asr --rates 4".split()))
+    c = cost.STAND_INS["llm"]
+    per_rank = c.n_layers * (4 * c.dim + 2 * c.n_heads * c.head_dim + 2 * c.n_kv_heads * c.head_dim)
+    assert counts["adapter"] == counts["active"] > 0 and counts["adapter"] % per_rank == 0
+    assert "LoRA" in capsys.readouterr().out
 
 
 def test_dry_run_tells_tokens_and_flops(parts, capsys):
-    assert train.main(["--dry-run", "--tasks", "asr", "--rates", "4,16", "--llm", str(parts / "llm"), "--beam", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "active" in told and [line.split()[:2] for line in told.splitlines() if line.split()[:1] in (["1"], ["4"], ["16"])] == [
-        ["1", "510"], ["4", "135"], ["16", "42"], ["1", "1160"], ["16", "82"]]
+    assert train.main(f"--dry-run --tasks asr --rates 4,16 --llm {parts}/llm --beam 3".split()) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split()[:2] for line in printed.splitlines() if line.split()[:1] in (["1"], ["4"], ["16"])]
+    assert rows == [["1", "510"], ["4", "135"], ["16", "42"], ["1", "1160"], ["16", "82"]] and "active" in printed
 
 
 def test_flops_are_twice_the_products():

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_weights.py: other people's weights, against transformers as the reference."""
 import base64
+import copy
 import json
 import os
 import pickle
@@ -7,12 +8,15 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
-import weights
+import sample
 from encoders import AudioEncoder, VideoConfig, VideoEncoder, log_mel
 from mome import Llama
+from real import tokenizer, weights
+from real.files import WeightsError
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +27,8 @@ SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_lay
              num_key_value_heads=2, max_position_embeddings=512)
 VARIANTS = {
     "plain": {}, "tied": dict(tie_word_embeddings=True), "all heads have keys": dict(num_key_value_heads=4),
-    "one key head": dict(num_key_value_heads=1), "wide heads": dict(head_dim=24), "biases": dict(attention_bias=True, mlp_bias=True),
+    "one key head": dict(num_key_value_heads=1), "wide heads": dict(head_dim=24),
+    "biases": dict(attention_bias=True, mlp_bias=True),
     "theta and eps": dict(rope_theta=500_000.0, rms_norm_eps=1e-3),
     "linear rope": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "llama3 rope": dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -61,10 +66,10 @@ def test_shards_dtypes_and_new_experts(tmp_path):
 
 def test_generate_gives_the_tokens_of_transformers(tmp_path):
     theirs, prompt = random_llama(tmp_path, eos_token_id=None, bos_token_id=None), torch.randint(0, 99, (1, 12))
-    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt))[0, 12:].tolist()
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt))
     llm = Llama.from_pretrained(tmp_path)
-    (ids, _), = llm.generate([llm.embed_tokens(prompt[0])], eos=-1, max_tokens=20)
-    assert ids == expected
+    (ids, _), = sample.generate(llm, [llm.embed_tokens(prompt[0])], eos=-1, beam=1, max_tokens=20)
+    assert ids == expected[0, 12:].tolist()
 
 
 def change(path, edit):
@@ -76,14 +81,15 @@ def change(path, edit):
 WRONG_LLAMAS = {
     "no tensor 'model.layers.1.mlp.up_proj.weight'": lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
     "no place for: model.extra": lambda t: t.update({"model.extra": torch.zeros(1)}),
-    r"'model.norm.weight' has shape \(31,\), expected \(32,\)": lambda t: t.update({"model.norm.weight": torch.zeros(31)})}
+    r"'model.norm.weight' has shape \(31,\), expected \(32,\)":
+        lambda t: t.update({"model.norm.weight": torch.zeros(31)})}
 
 
 @pytest.mark.parametrize("message", WRONG_LLAMAS)
 def test_wrong_tensors_are_named(tmp_path, message):
     random_llama(tmp_path)
     change(tmp_path / "model.safetensors", WRONG_LLAMAS[message])
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message):
         Llama.from_pretrained(tmp_path)
 
 
@@ -94,20 +100,89 @@ def test_models_that_are_not_supported_are_named(tmp_path, entry, message):
     random_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | entry))
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message):
         Llama.from_pretrained(tmp_path)
 
 
 def test_folders_without_weights_are_named(tmp_path):
-    with pytest.raises(weights.WeightsError, match="config.json: not readable"):
+    with pytest.raises(WeightsError, match="config.json: not readable"):
         Llama.from_pretrained(tmp_path)
     random_llama(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
-    with pytest.raises(weights.WeightsError, match="not readable as safetensors"):
+    with pytest.raises(WeightsError, match="not readable as safetensors"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(weights.WeightsError, match="no model.safetensors"):
+    with pytest.raises(WeightsError, match="no model.safetensors"):
         Llama.from_pretrained(tmp_path)
+
+
+# --- products with few rows ---
+
+@pytest.mark.parametrize("shape", [(256,), (1, 1, 256), (3, 256), (2, 2, 256), (5, 256), (0, 256)])
+@pytest.mark.parametrize("d_out, biased", [(264, False), (264, True), (265, True)])
+def test_linear_of_few_rows_is_that_of_many(shape, d_out, biased):
+    torch.manual_seed(0)
+    inputs = [(torch.randn(size) / 16).requires_grad_() for size in (shape, (d_out, 256), d_out)][:3 if biased else 2]
+    ours, theirs = weights.few_rows_linear(*inputs), F.linear(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (ours, theirs))):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):  # its dtype too
+        torch.testing.assert_close(weights.few_rows_linear(*inputs), F.linear(*inputs), atol=0.01, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_llama_uses_products_with_few_rows(tmp_path, tied, monkeypatch):
+    random_llama(tmp_path, vocab_size=96, tie_word_embeddings=tied)
+    llm = Llama.from_pretrained(tmp_path, n_routed=4, n_shared=1)
+    fast = [name for name, module in llm.named_modules() if isinstance(module, weights.FewRowsLinear)]
+    assert len(fast) == 2 * 7 + (not tied) and not any(".mome." in name for name in fast)
+    shapes = []
+
+    def few_rows_linear(x, weight, bias=None):
+        shapes.append(tuple(weight.shape))
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(weights, "few_rows_linear", few_rows_linear)
+    monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
+    tokens = torch.randint(96, (1, 3))
+    expected = llm(tokens)
+    assert len(shapes) == 2 * 7 + 1 and shapes[-1] == (96, 32)  # the logits too
+    monkeypatch.undo()
+    monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
+    torch.testing.assert_close(llm(tokens), expected)
+    copied = copy.deepcopy(llm)
+    copied.embed_tokens.weight.zero_()
+    assert copied.logits.__self__ is copied
+
+
+# --- fingerprints ---
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_fingerprints_tell_weights_apart(tmp_path, suffix):
+    """A fine-tuned copy has the same size, names and shapes. It differs in nearly every weight."""
+    def write(folder, tensors):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / f"model{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)(tensors, path)
+        return path
+
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(3000, 1000), "b": torch.randn(2000)}
+    first, same = write("first", tensors), write("same", tensors)
+    tuned = write("tuned", {name: t + 1e-3 * torch.randn(t.shape) for name, t in tensors.items()})
+    other = write("other", {name: t.half() for name, t in tensors.items()})
+    one = write("one", tensors | {"a": tensors["a"].index_fill(0, torch.tensor([1234]), 0.)})
+    for whole in (False, True):
+        marks = [weights.fingerprint(path, whole) for path in (first, same, tuned, other, one)]
+        assert marks[0] == marks[1] and marks[0] != marks[2] != marks[3] != marks[0]
+        assert marks[0]["bytes"] == first.stat().st_size == marks[2]["bytes"]
+    assert marks[0] != marks[4]  # every byte is compared
+    if suffix == ".safetensors":
+        assert weights.fingerprint(first.parent) == weights.fingerprint(first)
+    with pytest.raises(WeightsError, match="no such file"):
+        weights.fingerprint(tmp_path / "none")
 
 
 # --- Whisper ---
@@ -117,9 +192,10 @@ def test_folders_without_weights_are_named(tmp_path):
 @pytest.mark.parametrize("part", ["whole", "encoder", "bare"])
 def test_whisper_encoder_equals_transformers(tmp_path, n_mels, part):
     torch.manual_seed(0)
-    config = transformers.WhisperConfig(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256,
-                                        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64, num_mel_bins=n_mels,
-                                        max_source_positions=1500, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = transformers.WhisperConfig(
+        d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=256, decoder_layers=1,
+        decoder_attention_heads=4, decoder_ffn_dim=64, num_mel_bins=n_mels, max_source_positions=1500, vocab_size=99,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)
     theirs = transformers.WhisperForConditionalGeneration(config).eval()
     theirs.save_pretrained(tmp_path)
     if part != "whole":
@@ -152,8 +228,9 @@ def avhubert_state(dim=64, n_layers=2):
     state, net = {}, "feature_extractor_video.resnet."
 
     def norm(name, n):
-        state.update({f"{name}.weight": torch.rand(n) + .5, f"{name}.bias": torch.randn(n), f"{name}.running_mean": torch.randn(n),
-                      f"{name}.running_var": torch.rand(n) + .5, f"{name}.num_batches_tracked": torch.tensor(7)})
+        state.update({f"{name}.weight": torch.rand(n) + .5, f"{name}.bias": torch.randn(n),
+                      f"{name}.running_mean": torch.randn(n), f"{name}.running_var": torch.rand(n) + .5,
+                      f"{name}.num_batches_tracked": torch.tensor(7)})
 
     def linear(name, *shape):
         state.update({f"{name}.weight": 0.1 * torch.randn(shape), f"{name}.bias": 0.1 * torch.randn(shape[0])})
@@ -165,7 +242,8 @@ def avhubert_state(dim=64, n_layers=2):
     for stage, c in enumerate((64, 128, 256, 512), 1):
         for block in range(2):
             at = f"{net}trunk.layer{stage}.{block}"
-            state[f"{at}.conv1.weight"], state[f"{at}.conv2.weight"] = 0.03 * torch.randn(c, c_in, 3, 3), 0.03 * torch.randn(c, c, 3, 3)
+            state[f"{at}.conv1.weight"] = 0.03 * torch.randn(c, c_in, 3, 3)
+            state[f"{at}.conv2.weight"] = 0.03 * torch.randn(c, c, 3, 3)
             norm(f"{at}.bn1", c), norm(f"{at}.bn2", c)
             state[f"{at}.relu1.weight"], state[f"{at}.relu2.weight"] = torch.rand(c), torch.rand(c)
             if stage > 1 and block == 0:
@@ -214,8 +292,11 @@ class Command:
 @pytest.mark.parametrize("finetuned", [False, True])
 def test_avhubert_file_loads_without_its_classes(tmp_path, finetuned):
     state = avhubert_state()
-    named = {f"encoder.w2v_model.{name}": t for name, t in state.items()} | {"decoder.out": torch.zeros(3)} if finetuned else state
-    torch.save({"cfg": Alien({"a": [1]}), "args": None, "model": named, "task_state": [Alien(), {"x": Alien()}]}, tmp_path / "av.pt")
+    named = state
+    if finetuned:
+        named = {f"encoder.w2v_model.{name}": t for name, t in state.items()} | {"decoder.out": torch.zeros(3)}
+    file = {"cfg": Alien({"a": [1]}), "args": None, "model": named, "task_state": [Alien(), {"x": Alien()}]}
+    torch.save(file, tmp_path / "av.pt")
     encoder = VideoEncoder.from_pretrained(tmp_path / "av.pt")
     video = torch.rand(2, 1, 9, 96, 96)
     out = encoder(video)
@@ -233,12 +314,14 @@ def test_avhubert_large_has_a_place_for_every_tensor():
     """The real sizes, on the meta device: every name and shape of the Large model is asked for, none is left."""
     with torch.device("meta"):
         ours = VideoEncoder(VideoConfig(**weights.avhubert_config("x", {
-            "post_extract_proj.weight": torch.empty(1024, 2048), "encoder.pos_conv.0.weight": torch.empty(1024, 64, 128),
+            "post_extract_proj.weight": torch.empty(1024, 2048),
+            "encoder.pos_conv.0.weight": torch.empty(1024, 64, 128),
             **{f"encoder.layers.{n}.fc2.bias": torch.empty(1024) for n in range(24)}})))
     small = avhubert_state(n_layers=1)
     asked = {weights.avhubert_name(name) for name in ours.state_dict()}
     for name in small:
-        assert name in asked or "pos_conv" in name or name.startswith(("mask_emb", "final_proj", "label_embs", "feature_extractor_audio"))
+        unused = name.startswith(("mask_emb", "final_proj", "label_embs", "feature_extractor_audio"))
+        assert name in asked or "pos_conv" in name or unused
     assert 320e6 < sum(p.numel() for p in ours.parameters()) < 326e6
 
 
@@ -247,7 +330,7 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
     with open(tmp_path / "plain.pt", "wb") as file:
         pickle.dump({"model": Command(tmp_path / "ran")}, file)
     VideoEncoder.from_pretrained(tmp_path / "av.pt")
-    with pytest.raises(weights.WeightsError):
+    with pytest.raises(WeightsError):
         VideoEncoder.from_pretrained(tmp_path / "plain.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "av.pt", weights_only=False)  # the ordinary way does run it, so that this test can fail
@@ -256,42 +339,44 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
 
 def test_wrong_avhubert_files_are_named(tmp_path):
     (tmp_path / "no.pt").write_bytes(b"nothing")
-    with pytest.raises(weights.WeightsError, match="no.pt: not readable"):
+    with pytest.raises(WeightsError, match="no.pt: not readable"):
         VideoEncoder.from_pretrained(tmp_path / "no.pt")
     state = avhubert_state()
     del state["encoder.layers.1.fc1.bias"]
     torch.save({"model": state}, tmp_path / "less.pt")
-    with pytest.raises(weights.WeightsError, match="encoder.layers.1.fc1.bias"):
+    with pytest.raises(WeightsError, match="encoder.layers.1.fc1.bias"):
         VideoEncoder.from_pretrained(tmp_path / "less.pt")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(weights.WeightsError, match="not an AV-HuBERT"):
+    with pytest.raises(WeightsError, match="not an AV-HuBERT"):
         VideoEncoder.from_pretrained(tmp_path / "other.pt")
 
 
 # --- tokenizers ---
 
-LINES = ["the capital of France is Paris", "don't we'll I'm he'd  they've", "1234 567  89 0.5 ¼ ², Ⅷ ٣٤", "x = f(a[i], b) ** 2;\treturn\r\n",
-         "   four   spaces    ", "naïve café über Straße", "Привет, мир", "こんにちは世界", "東京都 1区", "안녕하세요", "שלום עולם", "مرحبا",
-         "नमस्ते", "👩‍🚀 🇫🇷 ❤️ 🫠", "a\n\n\n b\n  c", "<|bos|> <|eos|>", "", " ", "\u00ad\u200b\u3000\U0010fffd"]
+LINES = ["the capital of France is Paris", "don't we'll I'm he'd  they've", "1234 567  89 0.5 ¼ ², Ⅷ ٣٤",
+         "x = f(a[i], b) ** 2;\treturn\r\n", "   four   spaces    ", "naïve café über Straße", "Привет, мир",
+         "こんにちは世界", "東京都 1区", "안녕하세요", "שלום עולם", "مرحبا", "नमस्ते",
+         "👩‍🚀 🇫🇷 ❤️ 🫠", "a\n\n\n b\n  c", "<|bos|> <|eos|>", "", " ", "\u00ad\u200b\u3000\U0010fffd"]
 
 
 def train_bpe(folder, pre_tokenizer, alphabet=True):
     """A byte-level BPE made by HF's tokenizers library in `folder` -> its tokenizer."""
     import tokenizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer(tokenizers)
-    tokenizer.train_from_iterator(LINES * 3, tokenizers.trainers.BpeTrainer(
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer(tokenizers)
+    bpe.train_from_iterator(LINES * 3, tokenizers.trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer
+    bpe.save(str(folder / "tokenizer.json"))
+    return bpe
 
 
 PRE_TOKENIZERS = {
     "GPT-2": lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "SmolLM2": lambda t: t.pre_tokenizers.Sequence([t.pre_tokenizers.Digits(True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "SmolLM2": lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Digits(True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     "Llama 3": lambda t: t.pre_tokenizers.Sequence([
-        t.pre_tokenizers.Split(t.Regex(weights.LLAMA3_WORDS), "isolated"),
+        t.pre_tokenizers.Split(t.Regex(tokenizer.LLAMA3_WORDS), "isolated"),
         t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])}
 
 
@@ -312,18 +397,19 @@ def test_tokenizers_give_the_ids_of_hf(tmp_path, kind, alphabet):
 
 def test_rank_file_of_llama_3(tmp_path):
     ranks = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the"]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks)))
-    tokenizer = data.load_tokenizer(tmp_path)
-    assert tokenizer.encode("the the") == [257, 258] and tokenizer.decode([257, 258]) == "the the"
-    assert tokenizer.encode_single_token("<|begin_of_text|>") == 259
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    bpe = data.load_tokenizer(tmp_path)
+    assert bpe.encode("the the") == [257, 258] and bpe.decode([257, 258]) == "the the"
+    assert bpe.encode_single_token("<|begin_of_text|>") == 259
 
 
 def test_tokenizers_that_are_not_supported_are_named(tmp_path):
-    with pytest.raises(weights.WeightsError, match="no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(WeightsError, match="no tokenizer.json and no tokenizer.model"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(weights.WeightsError, match="SentencePiece"):
+    with pytest.raises(WeightsError, match="SentencePiece"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}))
-    with pytest.raises(weights.WeightsError, match="SentencePiece"):
+    with pytest.raises(WeightsError, match="SentencePiece"):
         data.load_tokenizer(tmp_path)

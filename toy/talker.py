@@ -1,22 +1,26 @@
 """The synthetic talker: words -> phonemes -> a timeline -> the sound and the lips of a random person.
 
-A stand-in for the recordings that nobody may hand out. It speaks the sentences of the GRID corpus (51 words) with a small
-formant-and-noise synthesiser, while a grey mouth moves from the same timeline. Sounds that look alike on lips look alike
-here, so that lip reading is ambiguous for the same reasons as in life; that the talker is far cleaner, slower and more
-regular than people is where the task is easier than life. What a small Llama is taught to listen with, before there is any
-sound, is made here too (`mishear`). Nothing here is from the paper.
+It stands in for recordings that cannot be handed out. It speaks the sentences of the GRID corpus (51 words) with a small
+formant-and-noise synthesiser, and a grey mouth moves on the same timeline. Sounds that look alike on real lips look alike
+here, so lip reading is ambiguous for the same reasons. The talker is cleaner, slower and more regular than people: there
+the task is easier than life. Nothing here is from the paper.
 """
 import itertools
 import math
+import multiprocessing
+import os
 import random
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from tqdm import tqdm
 
+from data import Clip, with_log_power
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 GRID = [words.split() for words in (  # the grammar of the GRID corpus: one word of each row
@@ -30,8 +34,8 @@ q:K Y UW|r:AA R|s:EH S|t:T IY|u:Y UW|v:V IY|x:EH K S|y:W AY|z:Z EH D|zero:Z IH R
 four:F AO R|five:F AY V|six:S IH K S|seven:S EH V AH N|eight:EY T|nine:N AY N|again:AH G EH N|now:N AW|please:P L IY Z
 soon:S UW N""".strip().replace("\n", "|").split("|"))}
 
-# What the lips show: ms, then opening, width, rounding, teeth, tongue, tucked lower lip (0..1). Sounds that share a row
-# look alike (p b m; f v; t d n; k g), duration included: telling them apart takes sound or context, as in life.
+# Lips: duration in ms, then opening, width, rounding, teeth, tongue, tucked lower lip (0 to 1). Sounds that share a row
+# look alike and last equally long (p b m; f v; t d n; k g). Only sound or context tells them apart.
 VISEMES = {
     "rest": (0, .02, .50, .10, .0, .0, .0), "P": (100, .00, .50, .15, .0, .0, .3), "F": (110, .14, .55, .10, .8, .0, 1.),
     "T": (90, .22, .60, .10, .6, .4, .0), "K": (90, .38, .50, .10, .2, .0, .0), "S": (120, .16, .75, .00, .9, .0, .0),
@@ -43,7 +47,7 @@ VISEMES = {
 VISEME_OF = dict(B="P", M="P", V="F", D="T", N="T", G="K", Z="S", JH="CH") | {v: v for v in VISEMES}
 DIPHTHONGS = dict(EY=("EH", "IY"), AY=("AA", "IH"), AW=("AA", "UH"), OW=("AO", "UH"))
 
-# What the throat does: F1 F2 F3 (Hz), voice, breath, hiss (0..1), the hiss's centre and width (Hz).
+# Throat: F1 F2 F3 (Hz), voice, breath, hiss (0 to 1), centre and width of the hiss (Hz).
 SOUNDS = {
     "rest": (500, 1500, 2500, 0, 0, 0, 4000, 1000), "IY": (280, 2250, 2900, 1, 0, 0, 4000, 1000),
     "IH": (400, 1950, 2550, 1, 0, 0, 4000, 1000), "EH": (550, 1780, 2500, 1, 0, 0, 4000, 1000),
@@ -60,22 +64,22 @@ SOUNDS = {
     "TH": (300, 1500, 2600, 0, 0, .18, 7000, 2000), "S": (300, 1700, 2600, 0, 0, 1, 6300, 1100),
     "Z": (300, 1700, 2600, .4, 0, .6, 6300, 1100), "CH": (280, 1900, 2500, 0, 0, 1, 3000, 900),
     "JH": (280, 1900, 2500, .35, 0, .7, 3000, 900)}
-STOPS = {"P", "B", "T", "D", "K", "G", "CH", "JH"}  # first closed and (nearly) silent, then the burst
+STOPS = {"P", "B", "T", "D", "K", "G", "CH", "JH"}  # a stop is first closed and nearly silent, then it bursts
 
-TALKER_RANGES = dict(  # a talker is one uniform draw from each; lengths on screen in half picture widths
+TALKER_RANGES = dict(  # a talker is one uniform draw from each range; lengths on screen are in half picture widths
     pitch=(90, 230), lilt=(.05, .2), tract=(.84, 1.18), pace=(.9, 1.25), loudness=(.03, .12), breathiness=(.01, .06),
     tilt_hz=(350, 900), mouth=(.52, .68), lip=(.13, .2), jaw=(.8, 1.2), x=(-.1, .1), y=(-.1, .1), roll=(-.12, .12),
     skin=(.5, .8), lip_shade=(.5, .7), teeth_shade=(.8, 1.), light=(-.12, .12), camera_noise=(.005, .03))
 
 
 def random_talker(seed):
-    """The person number `seed`: a namespace of voice and face traits, the same for every sentence."""
+    """Person number `seed`: a namespace of voice and face traits, the same for every sentence."""
     rng = np.random.default_rng([seed, 1])
     return SimpleNamespace(**{trait: rng.uniform(*bounds) for trait, bounds in TALKER_RANGES.items()})
 
 
 def timeline(text, talker, rng):
-    """-> [(phoneme, start s, end s, SOUNDS row, VISEMES row)]: what throat and lips aim at, and when."""
+    """-> [(phoneme, start s, end s, SOUNDS row, VISEMES row)]: the targets of throat and lips over time."""
     aims, now = [], 0.0
 
     def add(phone, seconds, sound, viseme):
@@ -103,7 +107,7 @@ def timeline(text, talker, rng):
 
 
 def glide(aims, targets, times, softness):
-    """Co-articulation: the step function of the aims' targets (N, C), smoothed in time -> (len(times), C)."""
+    """Co-articulation: a step function through the targets (N, C), smoothed in time -> (len(times), C)."""
     edges = np.array([aims[0][1]] + [end for _, _, end, _, _ in aims])
     passed = 1 / (1 + np.exp(-np.clip((times[:, None] - edges) / softness, -30, 30)))
     passed[:, 0], passed[:, -1] = 1, 0  # the first and last aim reach past the clip's ends
@@ -185,42 +189,53 @@ def synthesize(text, talker_seed, seed=0, size=32):
     return wave, frames, tuple((phone, end) for phone, _, end, *_ in aims)
 
 
-def spell(text):
-    """The units that encoders learn to tell apart: phonemes where the lexicon has the word, else the word itself."""
-    return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
+# --- splits and clips ------------------------------------------------------------------------------------------------
 
-
-def mishear(text, ids, rng):
-    """`text` as an imperfect ear would report it, with no sound or picture involved -> (T, units + 1), at about 25 tokens
-    a second, how much each token sounds like each unit of `ids` (1, 2, ...; 0 is rest). Each unit lasts a few tokens; some
-    are taken for others, neighbours smear."""
-    mistaken, flicker, n = rng.uniform(0, .2), rng.uniform(0, .15), len(ids) + 1
-    sequence = [0] * rng.randint(2, 6)
-    for word in text.split():
-        for unit in spell(word):
-            heard = rng.randrange(n) if rng.random() < mistaken else ids.get(unit, 0)
-            length = rng.randint(2, 4) * (1 if word in LEXICON else 3)
-            sequence += [rng.randrange(n) if rng.random() < flicker else heard for _ in range(length)]
-        sequence += [0] * rng.randint(0, 2)
-    sharp, smear = F.one_hot(torch.tensor(sequence), n).float(), rng.uniform(0, .3)
-    return (1 - 2 * smear) * sharp + smear * sharp.roll(1, 0) + smear * sharp.roll(-1, 0)
-
-
-SPLITS = {"train": range(0, 400), "valid": range(400, 500), "test": range(1000, 1100)}  # the talkers of each part: none is in two
+SPLITS = {"train": range(0, 400), "valid": range(400, 500), "test": range(1000, 1100)}  # disjoint talkers of each split
 
 
 def grid_split(text):
-    """The part a GRID sentence belongs to, by the sentence alone: one in 16 is for testing, in every run and stage."""
+    """The split of a GRID sentence, by the sentence alone: one in 16 is for testing, in every run and stage."""
     return "test" if zlib.crc32(text.encode()) % 16 == 0 else "train"
 
 
 @lru_cache
 def grid_sentences(split):
-    """All sentences of the grammar in this part, in a fixed order."""
+    """All sentences of the grammar in this split, in a fixed order."""
     return [s for s in map(" ".join, itertools.product(*GRID)) if grid_split(s) == split]
 
 
-def random_job(split, index, seed):
-    """Clip number `index` of a part -> arguments for `synthesize`: a sentence and a talker of that part, and a delivery."""
+def talker_clip(job):
+    """(split, index, seed, size of the pictures, keep_wave) -> clip number `index` of that split."""
+    split, index, seed, size, keep_wave = job
     rng = random.Random(f"{split} {seed} {index}")
-    return rng.choice(grid_sentences("test" if split == "test" else "train")), rng.choice(SPLITS[split]), seed * 1_000_000 + index
+    text = rng.choice(grid_sentences("test" if split == "test" else "train"))
+    person, delivery = rng.choice(SPLITS[split]), seed * 1_000_000 + index
+    wave, frames, aligned = synthesize(text, person, delivery, size)
+    clip = Clip(f"talker{person:04d}_{delivery:05d}", text, wave, frames, aligned=aligned)
+    return with_log_power(clip, keep_wave=keep_wave)
+
+
+def talker_clips(counts, seed, size=32):
+    """{split: count} -> {split: [Clip]}. The number of processes that make them does not change them.
+
+    Training clips carry no waves: training mixes babble from mel powers (data.noisy_power)."""
+    jobs = [(split, i, seed, size, split != "train") for split, count in counts.items() for i in range(count)]
+    n_workers = min(8, len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_workers, spawn, torch.set_num_threads, (1,)) as workers:
+        clips = iter(tqdm(workers.map(talker_clip, jobs, chunksize=20), "clips", len(jobs), leave=False))
+        return {split: list(itertools.islice(clips, count)) for split, count in counts.items()}
+
+
+def write_talker_clips(folder, count, split, seed, size=96):
+    """Write `count` clips of this split as NAME.mp4 with NAME.txt -> their paths."""
+    from real.clips import write_clip  # only here: training without --data needs no ffmpeg
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in tqdm(range(count), "writing clips", leave=False):
+        clip = talker_clip((split, i, seed, size, True))
+        paths.append(folder / f"sample{i + 1}_{clip.name}.mp4")
+        write_clip(clip, paths[-1])
+    return paths

@@ -1,0 +1,76 @@
+"""`sample.py --rate auto`: decode at the coarsest rate, and again at a finer one if the model is unsure (not in the paper).
+
+A clip is decoded again if the mean log-probability of its tokens is below a threshold. `calibrate` finds the threshold of
+each task on validation clips; the checkpoint keeps it.
+"""
+import math
+from functools import partial
+
+import jiwer
+import numpy as np
+
+from sample import decode, decode_all, trained_rates
+
+SNRS = [None, 0.]     # noises of the calibration
+MAX_LOSS = 0.002      # of all words: what decoding at the coarse rate may cost
+
+
+def decode_ladder(model, encoded, ladder, beam=1):
+    """Like sample.decode, for a ladder [(rates, threshold)]: clips less sure than the threshold climb to the next rates.
+
+    The token counts of all passes are added up."""
+    doubtful, answers = list(range(len(next(iter(encoded.values()))[1]))), {}
+    for rates, threshold in ladder:
+        subset = {stream: (x[doubtful], lengths[doubtful]) for stream, (x, lengths) in encoded.items()}
+        for clip, (ids, logprob, _, n_tokens) in zip(doubtful, decode(model, subset, rates, beam)):
+            earlier = answers[clip][3] if clip in answers else 0
+            answers[clip] = ids, logprob, rates, earlier + n_tokens
+        doubtful = [clip for clip in doubtful if answers[clip][1] < threshold]
+        if not doubtful:
+            break
+    return [answers[clip] for clip in range(len(answers))]
+
+
+def two_rates(task, config):
+    """The coarsest trained rates, and 3/2 of the finest: a third fewer tokens, and hardly a word is lost."""
+    trained = trained_rates(task, config)
+    finer = {stream: min(math.ceil(1.5 * rate), trained[0][stream]) for stream, rate in trained[-1].items()}
+    return trained[0], finer
+
+
+def auto_decoder(task, config):
+    """A function (model, encoded, beam=1) for sample.py. ValueError if the checkpoint has no threshold for the task."""
+    threshold = config.get("auto", {}).get(task)
+    if threshold is None:
+        raise ValueError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
+    coarse, fine = two_rates(task, config)
+    ladder = [(coarse, threshold), (fine, -math.inf)] if fine != coarse else [(coarse, -math.inf)]
+    return partial(decode_ladder, ladder=ladder)
+
+
+def wrong_words(reference, hypothesis):
+    """Substitutions + deletions + insertions."""
+    words = jiwer.process_words(reference, hypothesis)
+    return words.substitutions + words.deletions + words.insertions
+
+
+def calibrate(model, clips, tasks, pairs, tokenizer):
+    """{task: threshold}, from validation clips.
+
+    For each noise: the lowest threshold such that clips above it lose at most MAX_LOSS of all words at the coarse rate.
+    The threshold of a task is the highest over the noises."""
+    plan = {(task, i): (task, partial(decode, rates=rates))
+            for task in tasks for i, rates in enumerate(two_rates(task, {"rates": pairs}))}
+    n_voices = sum("audio" in clip.streams for clip in clips)
+    results = decode_all(model, clips, plan, SNRS if n_voices > 1 else [None], tokenizer)
+    thresholds = {}
+    for (task, i), snr in results:
+        if i == 0:
+            coarse, fine = results[(task, 0), snr], results[(task, 1), snr]
+            surest = sorted(range(len(coarse)), key=lambda clip: -coarse[clip][2])
+            lost = np.cumsum([wrong_words(*coarse[clip][:2]) - wrong_words(*fine[clip][:2]) for clip in surest])
+            n_words = sum(len(reference.split()) for reference, *_ in coarse)
+            n_sure = np.count_nonzero(np.maximum.accumulate(lost) <= MAX_LOSS * n_words)
+            threshold = coarse[surest[n_sure - 1]][2] if n_sure else 0.     # 0: every clip is decoded twice
+            thresholds[task] = max(threshold, thresholds.get(task, -math.inf))
+    return thresholds

@@ -1,0 +1,128 @@
+"""Checkpoints: what was trained, and which real weights it was trained with.
+
+A folder holds model.safetensors (the trained tensors and the stand-ins), config.json (the model's config, real parts,
+method, rates, tasks) and, if the LLM is a stand-in, tokenizer.json. Real parts are frozen and large. So a checkpoint
+only stores their paths and fingerprints.
+"""
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
+from mome import AVSR, AVSRConfig, Llama
+from real.files import CheckpointError, WeightsError, write_json, write_whole
+from real.weights import fingerprint
+
+FORMAT = 2  # raise it when old checkpoints can no longer be loaded
+EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")    # the fields of LlamaConfig that describe MoME
+PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # the modules that may be real
+FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # the flags that name their files
+
+
+def dtype_on(device):
+    """The dtype of real parts: bf16 on a GPU, else fp32. Trained parameters are fp32 everywhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def read_parts(paths, dtype, experts, padded):
+    """{part: path} -> {part: module in `dtype`}. Raises WeightsError.
+
+    `experts` {field: value} describes the LLM's new MoME modules. `padded` is AudioConfig's."""
+    options = {"llm": experts, "audio": {"padded": padded}, "video": {}}
+    return {part: PARTS[part].from_pretrained(path, dtype, **options[part]) for part, path in paths.items()}
+
+
+def identify(paths):
+    """{part: path} -> {part: its path and both fingerprints}, as config.json stores it."""
+    return {part: {"path": os.path.abspath(path), **fingerprint(path), **fingerprint(path, whole=True)}
+            for part, path in paths.items()}
+
+
+def stored(name, parts):
+    """Whether a checkpoint with these real parts stores the tensor of this name: what was trained, and stand-ins."""
+    owner, inner = name.split(".")[:2]
+    part = inner if owner == "encoders" else owner
+    return part not in parts or ".mome." in name or name.endswith((".lora_a", ".lora_b"))
+
+
+def save_model(model, folder, parts, words=None, **more):
+    """Write a checkpoint. `parts` comes from `identify`, `words` from a stand-in tokenizer; config.json gets `more`."""
+    folder = Path(folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if stored(name, parts)}
+    write_whole(folder / "model.safetensors", lambda path: save_file(state, path))
+    if words is not None:
+        write_json(folder / "tokenizer.json", {"words": list(words)})
+    write_json(folder / "config.json", {"format": FORMAT, "model": asdict(model.config), "parts": parts, **more})
+
+
+def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
+    """The checkpoint in `folder` -> (AVSR in eval mode, the dict of config.json).
+
+    Real parts are read from `paths` {part: path}, or from where they were in training; the dict's "paths" says where.
+    Their fingerprints must be those of training; `verify` compares every byte. Raises CheckpointError, WeightsError."""
+    for name in ("config.json", "model.safetensors"):
+        if not Path(folder, name).is_file():
+            raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
+    try:
+        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        return read_model(folder, config, paths or {}, verify, device), config
+    except (CheckpointError, WeightsError):
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: damaged, or of another version: {reason}") from None
+
+
+def read_model(folder, config, paths, verify, device):
+    """The AVSR of a checkpoint, for `load_model`, which explains errors. Adds "paths" to the config."""
+    saved, parts = config["model"], config["parts"]
+    if config.get("format", 1) < FORMAT:
+        raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
+    if unknown := [FLAGS[part] for part in paths if part not in parts]:
+        raise CheckpointError(f"{folder}: holds its own stand-in for what {unknown[0]} names; leave {unknown[0]} out")
+    sizes = {part: saved[part] and PARTS[part].Config(**as_tuples(saved[part])) for part in PARTS}
+    config["paths"] = {part: str(paths.get(part) or parts[part]["path"]) for part in parts}
+    for part, path in config["paths"].items():
+        check_part(folder, part, path, parts[part], verify)
+    experts = {name: saved["llm"][name] for name in EXPERTS}
+    real = read_parts(config["paths"], dtype_on(device), experts, padded=bool(sizes["audio"] and sizes["audio"].padded))
+    for part, module in real.items():
+        if module.config != sizes[part]:
+            path = config["paths"][part]
+            raise CheckpointError(f"{path}: its config.json is not the one that {folder} was trained with")
+    model = AVSR(AVSRConfig(**as_tuples(saved) | sizes), **real)
+    if config.get("method") == "lora":
+        from extras.baselines import add_lora
+        add_lora(model.llm, rank=config["lora_rank"])
+    missing, unexpected = model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
+    wrong = unexpected + [name for name in missing if stored(name, real)]
+    if wrong:
+        raise CheckpointError(f"{folder}: damaged, or of another version: {wrong[0]} is missing or unknown")
+    return model.to(device).eval()
+
+
+def as_tuples(values):
+    """The dict with each list as a tuple: JSON has no tuples, and configs are compared and hashed."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_part(folder, part, path, known, verify):
+    """Raises CheckpointError unless the weights at `path` have the fingerprints `known`, those of training."""
+    if not Path(path).exists():
+        raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
+    found = fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
+    differences = [f"{key} is {str(value)[:16]}, not {str(known[key])[:16]}"
+                   for key, value in found.items() if value != known[key]]
+    if differences:
+        differences = ", ".join(differences)
+        raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
+
+
+def reading(audio, video):
+    """How clips are read for encoders of these configs: size of pictures, number of mel bands. None is a stand-in's."""
+    return {"size": (video or VideoConfig()).picture, "n_mels": (audio or AudioConfig()).n_mels}

@@ -1,0 +1,134 @@
+"""A cache of what real encoders make of real clips.
+
+Real encoders are frozen and large. So each clip passes them once, not once in every epoch, and training costs only the
+LLM. The cache holds each clip as it is and a few augmented copies (not in the paper): sound of another pace, pitch,
+band, tone, noise and level; mouths shifted and mirrored.
+
+Every (clip, copy, stream) is a small file whose name is a hash of all that it depends on. Files are written whole. So a
+run may be killed and started again, and two runs may share the folder.
+"""
+import hashlib
+import json
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+from encoders import SAMPLE_RATE
+from real.files import write_whole
+from real.media import MAX_SECONDS
+
+VERSION = 1         # raise it when this file, data.py or encoders.py makes other features of the same clips
+BATCH_SECONDS = 48  # seconds of clips that are encoded together
+
+
+def distort(wave, pace, voices, rng):
+    """wave (samples,) -> (samples * pace,) float32 in -1 to 1: as if another voice spoke in another room.
+
+    Speech is slower by `pace`, and deeper by as much. Half of the waves lose their lows, half their highs. The spectrum
+    is tilted by up to 6 dB per octave. 60% get babble of 1 to 5 voices, or noise, 0 to 25 dB below the speech. The
+    level changes by -15 to 6 dB; what is then too loud is clipped."""
+    n = round(len(wave) * pace)
+    wave = np.interp(np.arange(n) / pace, np.arange(len(wave)), wave)
+    freq = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
+    low = rng.choice((0, rng.uniform(20, 400)))
+    high = rng.choice((SAMPLE_RATE / 2, rng.uniform(2200, SAMPLE_RATE / 2)))
+    tilt = 10 ** (rng.uniform(-6, 6) / 20 * np.log2(np.maximum(freq, 100) / 1000))
+    wave = np.fft.irfft(np.fft.rfft(wave) * tilt * ((low <= freq) & (freq <= high)), n)
+    kind, snr_db = rng.choices(("babble", "noise", "quiet"), (.36, .24, .4))[0], rng.uniform(0, 25)
+    if kind == "babble":
+        wave = data.add_babble(wave, rng.sample(voices, min(len(voices), rng.randint(1, 5))), snr_db, rng)
+    elif kind == "noise":  # an exponent of 0 makes it white, 0.5 pink
+        noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(n)
+        noise = np.fft.irfft(np.fft.rfft(noise) / np.maximum(freq, 50) ** rng.uniform(0, 1), n)
+        wave = data.add_babble(wave, [noise], snr_db, rng)
+    return np.clip(wave * 10 ** (rng.uniform(-15, 6) / 20), -1, 1).astype(np.float32)
+
+
+def augmented(clip, stream, voices, rng):
+    """The clip with one stream augmented. Its audio and its video get the same pace from equal `rng`s.
+
+    Audio is distorted. Mouths are shifted by up to 4 pixels, and half of the clips are mirrored."""
+    pace = min(rng.uniform(0.8, 1.25), MAX_SECONDS / clip.duration)
+    if stream == "audio":
+        wave = distort(clip.wave, pace, voices, rng)
+        return data.with_log_power(replace(clip, wave=wave), n_mels=len(clip.log_power))
+    frames = data.change_pace(torch.from_numpy(clip.frames), pace).numpy()
+    frames = np.roll(frames, (rng.randint(-4, 4), rng.randint(-4, 4)), (1, 2))
+    return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
+
+
+def digest(key):
+    """A hash of any value that JSON can hold."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
+
+
+class Features:
+    """The encoded clips of one training run, in `folder`. Missing ones are made at once.
+
+    model (AVSR) encodes them. identity {stream: value} names the cached streams. The value (anything for JSON) must
+    identify the encoder and how clips are read for it. Each clip has `copies` augmented copies besides itself."""
+
+    def __init__(self, folder, model, identity, clips, copies, seed):
+        self.folder, self.model, self.identity, self.copies, self.seed = Path(folder), model, identity, copies, seed
+        self.voices = [clip.wave for clip in clips if clip.wave is not None]
+        self.babble_key = digest([seed, sorted(os.path.abspath(clip.name) for clip in clips)])  # all clips make babble
+        self.fill(clips)
+
+    def path(self, clip, copy, stream):
+        """The file of one stream of a clip. Copy 0 is the clip itself."""
+        stat = os.stat(clip.name)
+        name = digest([VERSION, os.path.abspath(clip.name), stat.st_size, stat.st_mtime_ns, self.identity[stream],
+                       [copy, self.babble_key] if copy else 0])
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+
+    def fill(self, clips):
+        """Encode the files that are missing, in batches of clips of like length."""
+        batches = []  # of (clip, copy, stream)
+        for stream in self.identity:
+            jobs = [(clip, copy, stream) for clip in sorted(clips, key=lambda clip: clip.duration)
+                    if stream in clip.streams for copy in range(self.copies + 1)]
+            jobs = [job for job in jobs if not self.path(*job).is_file()]
+            while jobs:  # the longest clips come first: if they need too much memory, that shows at once
+                size = max(1, int(BATCH_SECONDS / jobs[-1][0].duration))
+                batches.append(jobs[-size:])
+                del jobs[-size:]
+        with ThreadPoolExecutor(2) as workers, tqdm(total=sum(map(len, batches)), desc="encoding clips") as progress:
+            for n_clips in workers.map(self.encode, batches):
+                progress.update(n_clips)
+
+    def encode(self, jobs):
+        """Encode and write a batch of (clip, copy, stream) with one stream -> its size."""
+        stream, versions = jobs[0][2], []
+        for clip, copy, _ in jobs:
+            rng = random.Random(f"{self.seed} {os.path.abspath(clip.name)} {copy}")
+            versions.append(augmented(clip, stream, self.voices, rng) if copy else clip)
+        features = data.to_device(data.batch(versions, [stream]), self.model.device)
+        tokens, lengths = self.model.encode(features)[stream]
+        for job, x, length in zip(jobs, tokens.half().cpu(), lengths.tolist()):
+            path = self.path(*job)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: save_file({"x": x[:length].contiguous()}, temporary))
+        return len(jobs)
+
+    def batch(self, clips, streams, rng):
+        """Each clip in one of its versions -> {stream: (tokens (B, T, D), lengths (B,))}, like AVSR.encode."""
+        copies, encoded = [rng.randrange(self.copies + 1) for _ in clips], {}
+        for stream in streams:
+            try:
+                rows = [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
+            except (OSError, SafetensorError) as error:
+                raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None
+            longest = max(map(len, rows))
+            tokens = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows])
+            encoded[stream] = torch.from_numpy(tokens), torch.tensor([len(row) for row in rows])
+        return data.to_device(encoded, self.model.device)

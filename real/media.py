@@ -1,0 +1,241 @@
+"""Decode any media file that ffmpeg reads: sound at 16 kHz and pictures at 25 per second, placed by their time stamps.
+
+Both streams begin at the file's first time stamp and are decoded frame by frame: 640 samples of sound, one picture.
+A stream that starts late is preceded by silence or by its first picture. A gap is filled with silence or with the
+picture before it. So lips and sound stay together, whatever the file's own rates are. An hour needs no more memory
+than a minute.
+"""
+import math
+import os
+import re
+import subprocess
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from data import ClipError
+from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from real.files import shown
+
+# Files in a folder count as clips if they have one of these suffixes. A single file may have any name.
+SUFFIXES = {".wav", ".flac", ".mp3", ".m4a", ".ogg", ".mp4", ".mpg", ".mov", ".avi", ".mkv", ".webm"}
+MAX_SECONDS = 30         # the audio encoder has no positions for longer clips
+MIN_FRAMES = 5           # 0.2 s: a shorter clip has no word in it
+MAX_PIXELS = 36_000_000  # of one picture: 8k
+HELD_FRAMES = 10         # the last picture is held if sound goes on for longer than this, else the sound is cut
+PAUSE = 9                # frames: a longer pause separates two pieces of a long clip (not in the paper)
+MARGIN = 4               # frames of the pause that each piece keeps (not in the paper)
+
+
+@cache
+def ffmpeg():
+    """The path of the ffmpeg program."""
+    import imageio_ffmpeg
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def first_words(stderr):
+    """The first line of ffmpeg's error output, without the "[decoder @ address]" in front of it."""
+    lines = [re.sub(r"^(\[.*?\] )*", "", line).strip() for line in stderr.decode(errors="replace").splitlines()]
+    return next((line for line in lines if line), "")
+
+
+def clip_error(path, text):
+    """A ClipError that begins with the path."""
+    return ClipError(f"{shown(path)}: {text}")
+
+
+# --- what is in a file -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Source:
+    """A media file with sound, pictures or both. `probe` makes it."""
+    path: Path
+    start: float                          # the first time stamp, seconds
+    has_sound: bool
+    picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
+    seconds: float                        # the duration that the file claims
+    complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
+
+    @property
+    def max_seconds(self):
+        """The longest plausible duration for a file of this size. Damaged time stamps can claim years."""
+        return 20 + os.path.getsize(self.path) / 250
+
+
+def probe(path):
+    """Path -> Source. Raises ClipError if it is no file, not media, or has neither sound nor pictures."""
+    path = Path(path)
+    if not path.is_file():
+        raise clip_error(path, "not a file" if path.exists() else "no such file")
+    command = [ffmpeg(), "-hide_banner", "-i", f"file:{path}"]
+    stderr = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
+    text = stderr.decode(errors="replace")
+    if "Input #0" not in text:
+        raise clip_error(path, f"not readable as media; ffmpeg says: {first_words(stderr) or 'nothing'}")
+    streams = [line for line in re.findall(r"^ *Stream #0:\d.*$", text, re.M) if "(attached pic)" not in line]
+    has_sound = any(": Audio: " in line for line in streams)
+    sizes = [re.search(r" (\d+)x(\d+)[ ,]", line) for line in streams if ": Video: " in line]
+    if not has_sound and not sizes:
+        raise clip_error(path, "neither sound nor pictures in it")
+    if sizes and not sizes[0]:
+        raise clip_error(path, "pictures of unknown size in it; is it damaged?")
+    if has_sound and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
+        raise clip_error(path, "sound of an impossible sampling rate in it; is it damaged?")
+    size = tuple(map(int, sizes[0].groups())) if sizes else None
+    if size and re.search(r"rotation of -?90", text):
+        size = size[::-1]
+    start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
+    duration = re.search(r"^  Duration: (\d+):(\d+):(\d+)", text, re.M)
+    hours, minutes, seconds = map(int, duration.groups()) if duration else (0, 0, 0)
+    return Source(path, float(start[1]) if start else 0., has_sound, size, 3600 * hours + 60 * minutes + seconds)
+
+
+def select_streams(source, streams):
+    """The source with those of its streams that are in `streams`. Raises ClipError if there is none."""
+    source = replace(source, has_sound=source.has_sound and "audio" in streams,
+                     picture_size=source.picture_size if "video" in streams else None)
+    if not source.has_sound and not source.picture_size:
+        raise clip_error(source.path, f"has {'no sound, or a silent one' if 'audio' in streams else 'no pictures'}")
+    return source
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+def decode(source, n_bytes, stream, filters, *output):
+    """Run ffmpeg on a stream ("a:0" or "V:0") and yield its output: `n_bytes` for each 1/25 s, maybe fewer at the end.
+
+    Raises ClipError if ffmpeg fails, or if the stream lasts longer than a file of this size can."""
+    limits = ["-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.max_seconds / 40))]
+    # Clamp absurd time stamps to just beyond the limit. Otherwise ffmpeg fills the gap until memory is full.
+    limit = source.start + source.max_seconds + 1
+    clamp = f"{'a' * (stream == 'a:0')}setpts='if(gt(T,{limit}),{limit}/TB,PTS)'"
+    command = [ffmpeg(), "-v", "error", "-nostdin", *limits, "-copyts", "-i", f"file:{source.path}",
+               "-map", f"0:{stream}", "-filter", f"{clamp},{filters}", *output, "pipe:1"]
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process:
+        try:
+            for _ in range(int(source.max_seconds * FPS)):
+                chunk = process.stdout.read(n_bytes)
+                if chunk:
+                    yield chunk
+                if len(chunk) < n_bytes:
+                    break
+            else:
+                raise clip_error(source.path, f"its time stamps span more than {source.max_seconds:.0f} s, too much "
+                                              "for a file of its size; it is damaged: write it anew with ffmpeg")
+            code = process.wait()
+        finally:
+            process.kill()
+        stderr.seek(0)
+        complaint = first_words(stderr.read())
+    if code:
+        raise clip_error(source.path, f"not readable as media; ffmpeg says: {complaint or f'nothing ({code})'}")
+    if complaint:
+        source.complaints.append(complaint)
+
+
+def wave_frames(source):
+    """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
+    resample = f"aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)}"
+    filters = f"{resample},aformat=channel_layouts=mono"
+    with closing(decode(source, 4 * SAMPLES_PER_FRAME, "a:0", filters, "-f", "f32le")) as chunks:
+        for chunk in chunks:
+            wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
+            if not (np.abs(wave) < 100).all():
+                raise clip_error(source.path, "its sound has samples that are not numbers, or far beyond -1 to 1")
+            yield wave
+
+
+def picture_frames(source, filters, shape):
+    """Yield a source's pictures after these ffmpeg filters as uint8 arrays: (H, W) is grey, (H, W, 3) is RGB."""
+    steady = f"fps={FPS}:start_time={source.start},format={'gray' if len(shape) == 2 else 'rgb24'}"
+    filters = f"scale=iw*sar:ih,setsar=1,{filters},{steady}"
+    with closing(decode(source, math.prod(shape), "V:0", filters, "-f", "rawvideo")) as chunks:
+        for chunk in chunks:
+            if len(chunk) == math.prod(shape):
+                yield np.frombuffer(chunk, np.uint8).reshape(shape)
+
+
+# --- pieces of long clips --------------------------------------------------------------------------------------------
+
+def cut_pieces(wave, frames, spans):
+    """Cut sound and pictures into pieces. Yields (start, wave (samples,), frames (T, H, W)), None for a missing stream.
+
+    `wave` and `frames` are iterators of (640,) and (H, W) arrays, or None. `spans` are [(start, end)], in frames.
+    Spans after the end of the file yield nothing. Both streams of a piece become equally long: sound is filled up with
+    silence. Sound that goes on after the pictures is cut if that loses at most 0.4 s, else the last picture is held."""
+    position, last = 0, None
+    for start, end in spans:
+        sound = list(islice(wave, start - position, end - position)) if wave else []
+        pictures = list(islice(frames, start - position, end - position)) if frames else []
+        position, last = end, pictures[-1] if pictures else last
+        if last is not None and wave:
+            if pictures and len(pictures) < len(sound) <= len(pictures) + HELD_FRAMES and len(sound) < end - start:
+                sound = sound[:len(pictures)]
+            pictures += [last] * (len(sound) - len(pictures))
+            sound += [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (len(pictures) - len(sound))
+        if not sound and not pictures:
+            break
+        if sound:
+            sound = np.concatenate(sound)
+            sound = np.pad(sound, (0, -len(sound) % SAMPLES_PER_FRAME))  # the file's last samples
+        yield start, sound if len(sound) else None, np.stack(pictures) if pictures else None
+
+
+def loudness(source):
+    """The loudness of each frame of a source's sound -> (T,) dB below full scale. Less than -80 is silence."""
+    return np.array([10 * math.log10(np.sum(wave.astype(float) ** 2) / SAMPLES_PER_FRAME + 1e-10)
+                     for wave in wave_frames(source)])
+
+
+def motion(frames):
+    """Pictures of lips -> (T,) dB: how much each differs from the one before it. It replaces a missing loudness."""
+    level, previous = [], 0.
+    for picture in frames:
+        level.append(10 * math.log10(np.mean((picture - previous) ** 2) + 1))
+        previous = picture.astype(float)
+    return np.array(level[1:2] + level[1:])  # the first picture has none before it
+
+
+def speech_spans(level, longest):
+    """Loudness or motion (T,) in dB -> [(start, end)]: spans of frames with speech, none longer than `longest`.
+
+    Between them are pauses of more than PAUSE frames, quieter than speech but not necessarily silent. A span that is
+    too long is cut at the quietest frame in the second half of what may stay together."""
+    quiet, loud = np.percentile(level, (10, 95))
+    active = np.flatnonzero(level > min(loud - 3, max(loud - 30, quiet + 0.3 * (loud - quiet))))
+    pauses = np.flatnonzero(np.diff(active) > PAUSE)
+    starts, ends = active[[0, *(pauses + 1)]] - MARGIN, active[[*pauses, -1]] + 1 + MARGIN
+    smooth = np.convolve(np.pad(level, 2, "edge"), np.full(5, .2), "valid")
+    spans = []
+    for start, end in zip(starts.clip(0).tolist(), ends.clip(max=len(level)).tolist()):
+        while end - start > longest:
+            half = start + longest // 2
+            cut = half + int(smooth[half:start + longest].argmin())
+            spans.append((start, cut))
+            start = cut
+        spans.append((start, end))
+    return spans
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+def write_mp4(path, frames, wave):
+    """Write grey pictures (T, H, W) at 25 fps and sound at 16 kHz as an mp4 (H.264, AAC), whole or not at all."""
+    path, (height, width) = Path(path), frames.shape[1:]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
+        soundfile.write(f"{scratch}/sound.wav", wave, SAMPLE_RATE)
+        raw = f"-f rawvideo -pix_fmt gray -s {width}x{height} -r {FPS} -i pipe:0".split()
+        coded = "-c:v libx264 -crf 12 -pix_fmt yuv420p -c:a aac -b:a 96k".split()
+        command = [ffmpeg(), "-v", "error", "-i", f"file:{scratch}/sound.wav", *raw, *coded, f"{scratch}/clip.mp4"]
+        done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
+        if done.returncode:
+            raise clip_error(path, f"not written; ffmpeg says: {first_words(done.stderr)}")
+        Path(scratch, "clip.mp4").replace(path)

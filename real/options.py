@@ -1,0 +1,57 @@
+"""Command line flags made from a dataclass: one place for each default, its help, its choices and its lower bound."""
+import argparse
+import math
+from dataclasses import field, fields
+
+
+def flag(default, text, **more):
+    """A dataclass field with the help text of its flag; `more`: choices=, least=."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def parse_options(kind, argv, description, usage, presets, check):
+    """The command line `argv` as a `kind` (a dataclass of `flag` fields). A wrong flag ends the program with one line.
+
+    presets: {value of --preset: {field: other default}}. `check(options)` raises a ValueError for a wrong combination."""
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(kind):
+        name, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=text)
+        else:
+            text += "" if f.default == "" else f" (default {f.default})".replace("%", "%%")
+            parser.add_argument(name, type=f.type, default=f.default, choices=f.metadata.get("choices"), help=text)
+    preset = parser.parse_args(argv).preset     # a preset changes defaults, so the arguments are parsed twice
+    parser.set_defaults(**presets[preset])
+    options = kind(**vars(parser.parse_args(argv)))
+    try:
+        for f in fields(options):
+            value, least = getattr(options, f.name), f.metadata.get("least", -math.inf)
+            if f.type in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"--{f.name.replace('_', '-')} must be {least} or more, not {value}")
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def percent(name, text):
+    """'1%' -> 1.0; ValueError names the flag and says what is wrong."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 100:
+        raise ValueError(f"{name} {text!r}: expected a share of the clips, like 1%")
+    return value
+
+
+def parse_snrs(text):
+    """'clean,0,-5' -> [None, 0.0, -5.0]: clean is always there and first. ValueError says what is wrong."""
+    try:
+        snrs = [None if item == "clean" else float(item) for item in text.split(",")]
+        if not all(snr is None or math.isfinite(snr) for snr in snrs):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--snr {text!r}: expected 'clean' or dB, like clean,0,-5") from None
+    return list(dict.fromkeys([None, *snrs]))

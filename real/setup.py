@@ -1,0 +1,104 @@
+"""What stage 3 starts from: the clips of a job, and the model around its frozen parts, real ones or stand-ins."""
+import zlib
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from data import SPECIAL_TOKENS, TASKS, ClipError, common_words, load_tokenizer, make_tokenizer, task_streams
+from encoders import AudioConfig, VideoConfig
+from mome import AVSR, AVSRConfig, LlamaConfig
+from real.checkpoint import dtype_on, identify, read_parts, reading
+from real.features import Features
+from real.folders import folder_clips
+from real.mouth import parse_box
+from real.options import parse_snrs, percent
+from real.weights import llama_ids
+from toy.pretrain import pretrain
+from toy.talker import grid_sentences, talker_clips
+
+PROMPT = "Transcribe speech to text."    # for a real LLM, the same for all tasks; not in the paper
+MAX_HELD_OUT = 50                        # clips that --valid-every holds out, and at most a tenth of the training clips
+
+
+def cache_folder(config):
+    """The folder of --cache."""
+    return Path(config.cache or Path(config.out) / "cache")
+
+
+def load_clips(config, tasks, audio, video):
+    """The clips of a job -> {"train": clips, "valid": clips, "test": clips}; for --eval-only the test clips alone.
+
+    `audio` and `video` are the encoders' configs. Raises ClipError, also if a task has no clip in a split."""
+    if config.data:
+        box = parse_box(config.box) if config.box else None
+        how_to_read = reading(audio, video) | {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
+        clips = folder_clips(config.data, how_to_read, percent("--max-bad", config.max_bad))
+        if config.valid_every and not config.eval_only:
+            clips["train"], clips["valid"] = hold_out(clips["train"])
+    else:
+        counts = {"test": config.test_clips}
+        if not config.eval_only:
+            counts |= {"train": config.clips, "valid": config.valid_clips}
+        clips = talker_clips(counts, config.seed)
+    if config.eval_only:
+        clips = {"test": clips["test"]}
+    for split, task in product(clips, tasks):
+        if not any(set(TASKS[task]) <= set(clip.streams) for clip in clips[split]):
+            raise ClipError(f"{config.data}: no {split} clip has {' and '.join(TASKS[task])}, which {task} needs; "
+                            "choose other --tasks")
+    n_voices = sum("audio" in clip.streams for clip in clips["test"])
+    if n_voices == 1 and "audio" in task_streams(tasks) and parse_snrs(config.snr) != [None]:
+        raise ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
+    return clips
+
+
+def hold_out(clips):
+    """Training clips -> the clips to train on, the clips held out. No sentence is in both."""
+    order = sorted(clips, key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
+    held_out = order[:min(MAX_HELD_OUT, len(order) // 10)]
+    sentences = {clip.text for clip in held_out}
+    rest = [clip for clip in clips if clip.text not in sentences]
+    print(f"held out of {len(clips)} training clips: {len(held_out)} for --valid-every, and "
+          f"{len(clips) - len(rest) - len(held_out)} more that say the same")
+    return rest, held_out
+
+
+def set_up(config, tasks, device, watch):
+    """-> the model with its frozen parts in place, the clips by split, the tokenizer, what the checkpoint must know
+    of the real parts (checkpoint.save_model), and the features of real encoders or None.
+
+    `watch.lap(name)` is called after each stage. Raises ClipError, WeightsError."""
+    torch.manual_seed(config.seed)
+    parts = read_parts(config.real_paths, dtype_on(device), config.experts, config.pad_audio)
+    known = identify(config.real_paths)
+    stand_ins = {"audio": AudioConfig(), "video": VideoConfig()}
+    sizes = {stream: parts[stream].config if stream in parts else stand_in if stream in task_streams(tasks) else None
+             for stream, stand_in in stand_ins.items()}
+    clips = load_clips(config, tasks, **sizes)
+    watch.lap("clips")
+    if config.data:
+        texts = [clip.text for clip in clips["train"]]
+        tested = {clip.text for split in clips if split != "train" for clip in clips[split]}
+    else:
+        texts, tested = grid_sentences("train"), set(grid_sentences("test"))
+    words = None
+    if "llm" in parts:
+        tokenizer, (bos, eos) = load_tokenizer(config.llm), llama_ids(config.llm)
+        llm, prompt = parts["llm"].config, tokenizer.encode(PROMPT)
+    else:
+        words = sorted(common_words(texts))
+        tokenizer = make_tokenizer(words)
+        bos, eos, *prompt = (tokenizer.encode_single_token(name) for name in SPECIAL_TOKENS)
+        llm = LlamaConfig(tokenizer.n_vocab, **config.experts)
+    longest = max(len(tokenizer.encode(f" {clip.text}")) for clip in clips["train"])
+    model = AVSR(AVSRConfig(llm, **sizes, bos=bos, eos=eos, prompt=tuple(prompt), max_tokens=max(32, 2 * longest),
+                            projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
+    pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
+    features = None
+    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device))] for stream in parts if stream != "llm"}
+    if keys:
+        features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
+        watch.lap("encoding clips")
+    return model, clips, tokenizer, {"parts": known, "words": words}, features

@@ -1,0 +1,96 @@
+"""Tokenizers of real LLMs: byte-level BPE from an HF folder, as tiktoken Encodings."""
+import base64
+from pathlib import Path
+
+import tiktoken
+
+from real.files import WeightsError, read_json
+
+# Regular expressions that cut text into words before BPE merges the bytes of each word.
+GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+SINGLE_DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+LLAMA3_WORDS = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
+                r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after the ranks
+
+
+class BPE(tiktoken.Encoding):
+    """A tiktoken Encoding that encodes and decodes as HF's tokenizers do.
+
+    `encode` reads special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes,
+    so those get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than
+    its tokenizer."""
+
+    def __init__(self, name, pattern, ranks, special):
+        """ranks {token bytes: id}, in the order of the merges; special {token: id}."""
+        self.token_ids = {*ranks.values(), *special.values()}
+        self.size = max(self.token_ids) + 1
+        lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        extra = {byte: self.size + i for i, byte in enumerate(lacking)}
+        super().__init__(name, pat_str=pattern, special_tokens=special, mergeable_ranks=ranks | extra)
+
+    def encode(self, text):
+        return [i for i in super().encode(text, disallowed_special=()) if i < self.size]
+
+    def decode(self, ids):
+        return super().decode([i for i in ids if i in self.token_ids])
+
+
+def read_tokenizer(folder):
+    """The tokenizer of an HF folder -> BPE. Raises WeightsError if it is not byte-level BPE.
+
+    It is read from tokenizer.json, or from tokenizer.model as Llama 3 has it."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return read_ranks(folder)
+    file = read_json(path)
+    model, pattern = file.get("model", {}), word_pattern(file.get("pre_tokenizer"))
+    if model.get("type") != "BPE" or model.get("byte_fallback") or file.get("normalizer") or pattern is None:
+        raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
+                           "use a model with one, like Llama 3 or SmolLM2")
+    vocab, byte_of = model["vocab"], bytes_of_letters()
+    special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocab.items() if token not in special}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged_ids = [vocab["".join(pair)] for pair in merges]
+    if merged_ids != sorted(merged_ids):
+        raise WeightsError(f"{path}: its merges are not in the order of their ids, which tiktoken needs")
+    return BPE(folder.name, pattern, ranks, special)
+
+
+def read_ranks(folder):
+    """Llama 3's tokenizer.model -> BPE. Each line is a token in base64 and its rank. Raises WeightsError."""
+    paths = (folder / "tokenizer.model", folder / "original" / "tokenizer.model")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
+    try:
+        lines = map(bytes.split, path.read_bytes().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except ValueError:
+        raise WeightsError(f"{path}: a SentencePiece model, as in Llama 2, which is not supported; use a model with a "
+                           "byte-level BPE tokenizer, like Llama 3 or SmolLM2") from None
+    return BPE(folder.name, LLAMA3_WORDS, ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
+
+
+def word_pattern(pre_tokenizer):
+    """The pre_tokenizer of a tokenizer.json -> the regular expression that cuts text into words, None if unknown."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else [{"type": None}]
+    *first, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not first:
+        return GPT2_WORDS
+    if len(first) == 1 and first[0]["type"] == "Digits" and first[0].get("individual_digits"):
+        return SINGLE_DIGITS
+    if len(first) == 1 and first[0]["type"] == "Split" and not last.get("use_regex", True):
+        return first[0]["pattern"].get("Regex")
+    return None
+
+
+def bytes_of_letters():
+    """{letter: byte}: GPT-2's table of the letters that stand for bytes in a tokenizer.json."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,188 @@
+"""Stages 1 and 2: small frozen parts in place of those that somebody would have to download.
+
+    stage 1  two encoders learn to tell phonemes apart                  in place of Whisper and AV-HuBERT
+    stage 2  a tiny Llama learns, from text alone, to read a sentence   in place of Llama 3
+             that is spelled in letters and to write it in words
+
+A stage is skipped for a part that is given (train.py --audio-encoder, --video-encoder, --llm). Trained parts are kept in
+a cache, under a hash of what went in: clips, sizes, steps, seed. None of this is from the paper.
+"""
+import hashlib
+import json
+import math
+import multiprocessing
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data import batch, common_words, drawn_clips, to_device
+from encoders import FPS
+from mome import Llama
+from real.files import write_whole
+from toy.talker import LEXICON
+
+VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
+LLM_BATCH = 16     # sentences in a step of stage 2
+
+
+def fit(name, parameters, loss_at, steps, lr):
+    """Minimise `loss_at(step)`: AdamW, 30 steps of warm-up, cosine decay to 5 %, gradients clipped to norm 1."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / min(30, steps // 10 + 1), 0.525 + 0.475 * math.cos(math.pi * step / steps)))
+    is_child = multiprocessing.parent_process() is not None
+    for step in (progress := tqdm(range(steps), name, position=int(is_child))):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def cached(folder, name, key, make):
+    """The state dict that `make()` returns, kept in `folder` under its name and a hash of `key` (JSON)."""
+    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:12]
+    path = folder / f"{name}-{digest}.safetensors"
+    if path.is_file():
+        tqdm.write(f"{name}: found in {path}")
+        return load_file(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: save_file(state, temporary))
+    return state
+
+
+def clips_digest(clips):
+    """A hash of everything that training reads of the clips."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        digest.update(repr((clip.name, clip.text, clip.aligned)).encode())
+        for array in (clip.log_power, clip.frames):
+            digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
+
+
+# --- stage 1: encoders that tell phonemes apart ----------------------------------------------------------------------
+
+def spell(text):
+    """The units that encoders learn: the phonemes of a word in the talker's lexicon, else the word itself."""
+    return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
+
+
+def frame_units(clip, n_tokens, tokens_per_second, unit_ids):
+    """The unit in the middle of each of `n_tokens` tokens, by the clip's alignment -> (n_tokens,), 0 at rest."""
+    ends = torch.tensor([end for _, end in clip.aligned])
+    units = torch.tensor([unit_ids.get(phoneme, 0) for phoneme, _ in clip.aligned])
+    middles = (torch.arange(n_tokens) + 0.5) / tokens_per_second
+    return units[torch.searchsorted(ends, middles).clamp(max=len(units) - 1)]
+
+
+def train_encoder(stream, encoder, clips, units, steps, seed, device):
+    """Pretrain an encoder with an output layer that is thrown away afterwards -> its state dict.
+
+    Aligned clips (the synthetic talker): cross-entropy with the phoneme at each token. Other clips: CTC."""
+    encoder.to(device).train()
+    unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
+    head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
+    tokens_per_second = 2 * FPS if stream == "audio" else FPS
+    aligned = clips[0].aligned is not None
+    batch_size = 4 if aligned else 8
+
+    def loss_at(step):
+        chosen = drawn_clips(clips, batch_size, f"{seed} {stream}", step)
+        rng = random.Random(f"{seed} {stream} {step}")
+        x, lengths = to_device(batch(chosen, [stream], rng, clips), device)[stream]
+        log_probs = head(encoder(x, lengths)).log_softmax(-1)                        # (B, T, units + 1)
+        lengths = encoder.n_tokens(lengths)
+        if aligned:
+            targets = [frame_units(clip, n, tokens_per_second, unit_ids) for clip, n in zip(chosen, lengths.tolist())]
+            targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+            return F.nll_loss(log_probs.flatten(0, 1), targets.flatten().to(device))
+        targets = [torch.tensor([unit_ids[unit] for unit in spell(clip.text) if unit in unit_ids]) for clip in chosen]
+        target_lengths = torch.tensor([len(target) for target in targets])
+        return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(device), lengths.cpu(), target_lengths,
+                          zero_infinity=True)
+
+    fit(f"stage 1, {stream} encoder", [*encoder.parameters(), *head.parameters()], loss_at, steps, 3e-3)
+    return encoder.eval().state_dict()
+
+
+# --- stage 2: a small language model that can read letters -----------------------------------------------------------
+
+def random_sentence(texts, tested, words, rng):
+    """A sentence of `texts`, or three times in ten random words. It is never a sentence of `tested`."""
+    text = rng.choice(texts)
+    if rng.random() < 0.3:
+        n_words = max(1, len(text.split()) + rng.randint(-2, 2))
+        text = " ".join(rng.choices(words, k=n_words))
+    return random_sentence(texts, tested, words, rng) if text in tested else text
+
+
+def train_llm(llm, texts, tested, tokenizer, config, steps, seed, device):
+    """Pretrain the Llama on text alone: it reads a sentence letter by letter and writes it word by word.
+
+        <bos> b i n _ b l u e _ a t _ f <transcribe>  ->  bin blue at f <eos>          (_ is a space)
+
+    It never meets sound, noise, time or pooling. In stage 3, projectors and experts must learn to speak to it."""
+    torch.manual_seed(seed)
+    llm.to(device)
+    words = common_words(texts)
+
+    def loss_at(step):
+        rng = random.Random(f"{seed} llm {step}")
+        sentences = [random_sentence(texts, tested, words, rng) for _ in range(LLM_BATCH)]
+        prefixes, labels = [], []
+        for text in sentences:
+            ids = [config.bos, *text.encode(), *config.prompt]                       # the id of a byte is the byte
+            prefixes.append(llm.embed_tokens(torch.tensor(ids, device=device)))
+            labels.append(torch.tensor([*tokenizer.encode(f" {text}"), config.eos], device=device))
+        return llm.transcript_loss(prefixes, labels)
+
+    fit("stage 2, the Llama", llm.parameters(), loss_at, steps, 2e-3)
+    return llm.state_dict()
+
+
+# --- both stages -----------------------------------------------------------------------------------------------------
+
+def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch):
+    """Train and load those parts of `model` ("llm", "audio", "video") that are not `given`.
+
+    clips: the training clips; texts: their sentences; tested: sentences that no stage may meet. `config` gives the seed
+    and the steps. `watch.lap(name)` is called after each stage. The Llama trains beside the encoders, in a process of
+    its own, because it needs no clips."""
+    seed, device = config.seed, model.device
+    units = sorted({unit for word in common_words(texts) for unit in spell(word)})
+    digest = clips_digest(clips) if set(model.encoders) - set(given) else ""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),)) as beside:
+        if "llm" not in given:
+            plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
+            torch.manual_seed(seed)
+            make = partial(train_llm, Llama(plain.llm), texts, tested, tokenizer, plain, config.llm_steps, seed, device)
+            key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, texts, sorted(tested)]
+            llama = beside.submit(cached, cache, "llama", key, make)
+        for stream, encoder in model.encoders.items():
+            if stream not in given:
+                usable = [clip for clip in clips if stream in clip.streams]
+                steps = getattr(config, f"{stream}_steps") if usable[0].aligned else config.ctc_steps
+                torch.manual_seed(seed)
+                make = partial(train_encoder, stream, type(encoder)(encoder.config), usable, units, steps, seed, device)
+                key = [seed, device.type, digest, asdict(encoder.config), steps]
+                encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
+                watch.lap(f"stage 1, {stream}")
+        if "llm" not in given:
+            missing, unexpected = model.llm.load_state_dict(llama.result(), strict=False)
+            assert not unexpected and all(".mome." in name or ".lora_" in name for name in missing), (missing, unexpected)
+            watch.lap("stage 2, rest")
