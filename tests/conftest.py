@@ -8,8 +8,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import media  # noqa: E402
 import train  # noqa: E402
 from encoders import AudioConfig, VideoConfig  # noqa: E402
 from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402

@@ -8,7 +8,10 @@ import soundfile
 import torch
 
 import data
-import talker
+from extras import digits
+from real.files import write_json
+from toy import talker
+from toy.pretrain import spell
 from encoders import FPS, SAMPLES_PER_FRAME
 
 
@@ -30,18 +33,22 @@ def test_parts_share_no_sentence_and_no_talker():
     assert len(set(people)) == len(people) == 600
     for part in ("train", "test"):
         for i in range(50):
-            text, person, _ = talker.random_job(part, i, seed=3)
+            rng = random.Random(f"{part} 3 {i}")
+            text, person = rng.choice(talker.grid_sentences(part)), rng.choice(talker.SPLITS[part])
             assert text in (train if part == "train" else test) and person in talker.SPLITS[part]
+            if i < 3:
+                clip = talker.talker_clip((part, i, 3, 32, False))
+                assert clip.text == text and clip.name.startswith(f"talker{person:04d}_")
 
 
 def test_sound_frames_and_phonemes_are_aligned(talker_clips):
     for clip in talker_clips:
-        assert len(clip.wave) == SAMPLES_PER_FRAME * len(clip.frames) and clip.mel.shape == (80, 4 * len(clip.frames))
+        assert len(clip.wave) == SAMPLES_PER_FRAME * len(clip.frames) and clip.log_power.shape == (80, 4 * len(clip.frames))
         assert clip.wave.dtype == np.float32 and np.abs(clip.wave).max() <= 1 and clip.frames.dtype == np.uint8
         ends = [end for _, end in clip.aligned]
         assert ends == sorted(ends) and len(clip.frames) - 1 < ends[-1] * FPS <= len(clip.frames) + 1e-6
         said = [phone for phone, _ in clip.aligned]
-        assert [p for i, p in enumerate(said) if p != "rest" and p != said[i - 1]] == talker.spell(clip.text)
+        assert [p for i, p in enumerate(said) if p != "rest" and p != said[i - 1]] == spell(clip.text)
         quiet, loud = [], []  # the sound is where the timeline says that someone speaks
         for (phone, end), start in zip(clip.aligned, [0] + ends):
             part = clip.wave[int(start * 16000):int(end * 16000)]
@@ -96,10 +103,10 @@ def test_talkers_differ_and_repeat():
 
 
 def test_clips_do_not_depend_on_the_workers():
-    alone = data.talker_clip(("train", 3, 5, 32, False))
-    clips = data.talker_clips({"valid": 2, "train": 4}, 5)
+    alone = talker.talker_clip(("train", 3, 5, 32, False))
+    clips = talker.talker_clips({"valid": 2, "train": 4}, 5)
     made = clips["train"][3]
-    assert made.name == alone.name and made.text == alone.text and np.array_equal(made.mel, alone.mel)
+    assert made.name == alone.name and made.text == alone.text and np.array_equal(made.log_power, alone.log_power)
     assert made.wave is None and np.array_equal(made.frames, alone.frames)
     assert len(clips["train"]) == 4 and [clip.wave is None for clip in clips["valid"]] == [False] * 2  # babble is made of them
 
@@ -120,7 +127,7 @@ def test_clips_in_babble_repeat_and_leave_out_their_own_voice(talker_clips):
     noisy, again = in_babble(talker_clips, 0), in_babble(talker_clips, 0)
     for clip, a, b in zip(talker_clips, noisy, again):
         assert np.array_equal(a.wave, b.wave) and not np.allclose(a.wave, clip.wave, atol=1e-3)
-        assert np.array_equal(a.frames, clip.frames) and a.mel.shape == clip.mel.shape
+        assert np.array_equal(a.frames, clip.frames) and a.log_power.shape == clip.log_power.shape
     assert all(a is b for a, b in zip(in_babble(talker_clips, None), talker_clips))
     own = talker_clips[0].wave
     twin = replace(talker_clips[0], name="twin", wave=own[::-1].copy())
@@ -133,7 +140,7 @@ def test_clips_in_babble_repeat_and_leave_out_their_own_voice(talker_clips):
 
 
 def test_cheap_babble_has_its_power(talker_clips):
-    power = 10 ** torch.from_numpy(talker_clips[0].mel).float()
+    power = 10 ** torch.from_numpy(talker_clips[0].log_power).float()
     for seed in range(20):
         mixed = data.noisy_power(power, talker_clips[1:], random.Random(seed))
         snr = 10 * torch.log10(power.mean() / (mixed - power).mean()).item()
@@ -157,11 +164,20 @@ def test_batch_shapes_and_augmentation(talker_clips):
 def test_pace():
     x = torch.arange(20.0)[:, None]
     for pace in (0.85, 1.15, 1):
-        y = data.at_pace(x, pace)
+        y = data.change_pace(x, pace)
         assert len(y) == round(20 * pace) and (y[:, 0] - torch.arange(len(y)) / pace).abs().max() <= 1
-    real = [data.Clip("real", "", mel=np.zeros((80, 200), np.float16), frames=np.zeros((50, 32, 32), np.uint8))] * 8
+    real = [data.Clip("real", "", log_power=np.zeros((80, 200), np.float16), frames=np.zeros((50, 32, 32), np.uint8))] * 8
     lengths = {s: n.tolist() for s, (_, n) in data.batch(real, ["audio", "video"], random.Random(0)).items()}
     assert len(set(lengths["audio"])) > 4 and all(abs(a - 4 * v) <= 3 for a, v in zip(lengths["audio"], lengths["video"]))
+
+
+def test_clips_of_a_step_are_a_function_of_seed_and_step():
+    clips = list(range(10))
+    steps = [data.drawn_clips(clips, 4, 0, step) for step in range(5)]
+    assert sorted(sum(steps, [])) == sorted(clips * 2)  # two epochs of ten
+    assert sorted(sum(steps, [])[:10]) == clips
+    assert data.drawn_clips(clips, 4, 0, 3) == steps[3] and data.drawn_clips(clips, 4, 1, 3) != steps[3]
+    assert len(data.drawn_clips(clips[:3], 8, 0, 0)) == 8  # more than there are
 
 
 # --- text ---
@@ -174,7 +190,7 @@ def test_normalize():
 def test_tokenizer(tmp_path):
     words = data.common_words(["bin blue now", "bin now", "now"])
     assert words == ["now", "bin", "blue"]
-    data.save_tokenizer(words, tmp_path)
+    write_json(tmp_path / "tokenizer.json", {"words": words})
     for tokenizer in (data.make_tokenizer(words), data.load_tokenizer(tmp_path)):
         assert len(tokenizer.encode(" bin blue now")) == 3
         for text in ("bin blue", "never seen: ünïcode ☂ 12", "", " bin  <eos> "):
@@ -183,7 +199,7 @@ def test_tokenizer(tmp_path):
 
 
 def test_spell():
-    assert talker.spell("bin xylophone") == ["B", "IH", "N", "xylophone"]
+    assert spell("bin xylophone") == ["B", "IH", "N", "xylophone"]
 
 
 # --- real voices ---
@@ -195,12 +211,12 @@ def test_fsdd_importer(tmp_path):
             path.parent.mkdir(exist_ok=True)
             soundfile.write(path, 0.1 * np.random.default_rng(take).standard_normal(800), 8000)
     with pytest.raises(data.ClipError, match="_ann_.*no such recording"):
-        data.cut_digit_strings(tmp_path / "recordings", tmp_path / "out", ["ann"], 0)  # takes 8 to 49 are missing
-    assert data.main(["fsdd", str(tmp_path), str(tmp_path / "none"), "--talkers", "ann"]) == 2
+        digits.cut_digit_strings(tmp_path / "recordings", tmp_path / "out", ["ann"], 0)  # takes 8 to 49 are missing
+    assert digits.main([str(tmp_path), str(tmp_path / "none"), "--talkers", "ann"]) == 2
     for digit in range(10):
         for take in range(8, 50):
             soundfile.write(tmp_path / "recordings" / f"{digit}_ann_{take}.wav", np.full(800, .1), 8000)
-    assert data.main(["fsdd", str(tmp_path / "recordings"), str(tmp_path / "out"), "--talkers", "ann"]) == 0
+    assert digits.main([str(tmp_path / "recordings"), str(tmp_path / "out"), "--talkers", "ann"]) == 0
     texts = {part: {p.read_text().strip() for p in (tmp_path / "out" / part).glob("*.txt")} for part in ("train", "test")}
     assert not texts["train"] & texts["test"] and len(list((tmp_path / "out/train").glob("*.flac"))) == 800
     assert all(3 <= len(text.split()) <= 6 for text in texts["test"]) and len(list((tmp_path / "out/test").glob("*.flac"))) == 200

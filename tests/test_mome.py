@@ -1,19 +1,24 @@
 """python -m pytest tests/test_mome.py: the MoME layer, the decoder, pooling, the audio-visual model."""
+import subprocess
+import sys
+
 import jiwer
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_avsr
+from conftest import ROOT, tiny_avsr
 
 import data
-from mome import AVSR, KVCache, Llama, LlamaConfig, MoME, linear, pool
-from sample import CheckpointError, load_model, save_model
+from mome import AVSR, Llama, LlamaConfig, MoME, pool
+from real.checkpoint import load_model, save_model
+from real.files import CheckpointError
+from sample import KVCache, decode, generate
 
 
 def random_mome(n_routed=6, top_k=2, n_shared=1, bottleneck=4, dim=16, seed=0):
     torch.manual_seed(seed)
     mome = MoME(dim, n_routed, top_k, n_shared, bottleneck)
-    for parameter in (mome.down_bias, mome.up):
+    for parameter in (mome.down_bias, mome.up, mome.up_bias):
         torch.nn.init.normal_(parameter)
     return mome
 
@@ -124,7 +129,7 @@ def test_the_only_chosen_expert_keeps_its_probability():
 
 def test_balance_loss_trains_the_router_on_real_tokens_only():
     mome, x = random_mome(), torch.randn(9, 16, requires_grad=True)
-    mome(x, mask=torch.arange(9) < 5)
+    mome(x, valid=torch.arange(9) < 5)
     mome.balance_loss.backward()
     assert mome.router.weight.grad.abs().sum() > 0 and x.grad[:5].abs().sum(1).min() > 0 and x.grad[5:].abs().sum() == 0
 
@@ -132,7 +137,7 @@ def test_balance_loss_trains_the_router_on_real_tokens_only():
 def test_only_shared_experts_and_no_experts():
     x = torch.randn(5, 16)
     mome = random_mome(n_routed=0, n_shared=2)
-    expected = sum(F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n, :-1] + mome.up[n, -1] for n in range(2))
+    expected = sum(F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n] + mome.up_bias[n] for n in range(2))
     for path in ("loop", *PATHS):
         mome.path = path
         torch.testing.assert_close(mome(x), expected)
@@ -142,7 +147,7 @@ def test_only_shared_experts_and_no_experts():
 def test_all_experts_chosen_is_the_dense_mixture():
     mome, x = random_mome(n_routed=5, top_k=5, n_shared=1), torch.randn(9, 16)
     gates = torch.cat([torch.ones(9, 1), mome.router(x).softmax(-1)], 1)
-    dense = sum(gates[:, n, None] * (F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n, :-1] + mome.up[n, -1])
+    dense = sum(gates[:, n, None] * (F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n] + mome.up_bias[n])
                 for n in range(6))
     torch.testing.assert_close(mome(x), dense)
 
@@ -157,6 +162,33 @@ def test_gates_sum_to_one_and_are_top_k():
     torch.testing.assert_close(gates[:, 2:], top.softmax(1))
 
 
+def test_the_example_in_the_docstring_of_route():
+    mome = MoME(4, n_routed=4, top_k=2, n_shared=0, bottleneck=1)
+    with torch.no_grad():
+        mome.router.weight.copy_(torch.eye(4))
+    gates, experts = mome.route(torch.tensor([[2., 0, 1, -1], [0, 0, 3, 3]]))
+    assert experts[0].tolist() == [0, 2] and sorted(experts[1].tolist()) == [2, 3]
+    torch.testing.assert_close(gates, torch.tensor([[.73, .27], [.5, .5]]), atol=.005, rtol=0)
+
+
+def test_mome_needs_torch_alone():
+    """mome.py and encoders.py are all that a fork must take along."""
+    blocked = """
+import sys
+import torch
+allowed = {*sys.stdlib_module_names, *(name.split(".")[0] for name in sys.modules), "mome", "encoders"} - {"numpy"}
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in allowed:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import mome
+print(sorted(name for name in sys.modules if name in ("mome", "encoders", "data", "real", "safetensors", "tiktoken")))
+"""
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "['encoders', 'mome']", done.stderr
+
+
 def test_balance_loss_is_one_when_even_and_more_in_collapse():
     mome = random_mome(n_routed=4, top_k=1, dim=4)
     with torch.no_grad():
@@ -166,7 +198,7 @@ def test_balance_loss_is_one_when_even_and_more_in_collapse():
     mome(torch.eye(4)[[0, 0, 0, 0]])
     assert mome.balance_loss.item() > 3
     collapsed = mome.balance_loss.item()
-    mome(torch.eye(4)[[0, 0, 1, 2]], mask=torch.tensor([True, True, False, False]))
+    mome(torch.eye(4)[[0, 0, 1, 2]], valid=torch.tensor([True, True, False, False]))
     assert mome.balance_loss.item() == pytest.approx(collapsed)  # padding does not count
 
 
@@ -188,19 +220,6 @@ def test_wrong_sizes_are_refused(wrong):
         LlamaConfig(10, **wrong)
 
 
-@pytest.mark.parametrize("shape", [(256,), (1, 1, 256), (3, 256), (2, 2, 256), (5, 256), (0, 256)])
-@pytest.mark.parametrize("d_out, biased", [(264, False), (264, True), (265, True)])
-def test_linear_of_few_rows_is_that_of_many(shape, d_out, biased):
-    torch.manual_seed(0)
-    inputs = [(torch.randn(size) / 16).requires_grad_() for size in (shape, (d_out, 256), d_out)][:3 if biased else 2]
-    ours, theirs = linear(*inputs), F.linear(*inputs)
-    torch.testing.assert_close(ours, theirs)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (ours, theirs))):
-        torch.testing.assert_close(a, b)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(linear(*inputs), F.linear(*inputs), atol=0.01, rtol=0.02)  # its dtype too
-
-
 def test_llama_is_causal():
     torch.manual_seed(0)
     llama, tokens = Llama(LlamaConfig(40, 32, 2, 4, 2, 48, n_routed=4)), torch.randint(0, 40, (2, 9))
@@ -216,11 +235,11 @@ def test_cache_agrees_with_no_cache_for_unequal_prefixes():
     llm, lengths, steps = model.llm, [3, 8, 5], 4
     tokens = [torch.randint(0, 40, (n + steps,)) for n in lengths]
     x = torch.nn.utils.rnn.pad_sequence([llm.embed_tokens(t[:n]) for t, n in zip(tokens, lengths)], True)
-    cache, real = KVCache(llm.config, 3, 8 + steps, x), torch.arange(8) < torch.tensor(lengths)[:, None]
-    llm.trunk(x, real, cache=cache)
+    cache, valid = KVCache(llm.config, torch.tensor(lengths), 8 + steps, x), torch.arange(8) < torch.tensor(lengths)[:, None]
+    llm.hidden_states(x, valid, cache=cache)
     for step in range(steps):
         new = torch.stack([t[n + step] for t, n in zip(tokens, lengths)])[:, None]
-        hidden = llm.trunk(llm.embed_tokens(new), positions=torch.tensor(lengths) + step, cache=cache)
+        hidden = llm.hidden_states(llm.embed_tokens(new), positions=(torch.tensor(lengths) + step)[:, None, None], cache=cache)
         for b, n in enumerate(lengths):
             torch.testing.assert_close(llm.logits(hidden)[b, 0], llm(tokens[b][None, :n + step + 1])[0, -1], atol=1e-4, rtol=1e-4)
 
@@ -251,6 +270,11 @@ def test_pool_by_8_is_pool_by_2_of_pool_by_4():
 BOTH = {"audio": 4, "video": 2}
 
 
+def answers_of(model, encoded, rates, beam=1, max_tokens=32):
+    """Decode encoded clips -> [(token ids, mean log-probability)]."""
+    return generate(model.llm, model.prefix(encoded, rates), model.config.eos, beam, max_tokens)
+
+
 def features(clips, streams=("audio", "video")):
     return data.batch(clips, streams)
 
@@ -260,9 +284,9 @@ def test_padded_batch_equals_one_by_one(tiny, talker_clips):
         together = tiny.prefix(tiny.encode(features(talker_clips)), rates)
         for clip, prefix in zip(talker_clips, together):
             torch.testing.assert_close(prefix, tiny.prefix(tiny.encode(features([clip])), rates)[0], atol=1e-4, rtol=1e-4)
-        answers = tiny.generate(tiny.encode(features(talker_clips)), rates, max_tokens=6)
+        answers = answers_of(tiny, tiny.encode(features(talker_clips)), rates, max_tokens=6)
         for clip, (ids, logprob) in zip(talker_clips, answers):
-            (alone, alone_logprob), = tiny.generate(tiny.encode(features([clip])), rates, max_tokens=6)
+            (alone, alone_logprob), = answers_of(tiny, tiny.encode(features([clip])), rates, max_tokens=6)
             assert ids == alone and logprob == pytest.approx(alone_logprob, abs=1e-3)
 
 
@@ -277,21 +301,31 @@ def test_input_layout(tiny, talker_clips):
     assert len(sound) == n_audio + 4 and torch.equal(sound[-2], a[1]) and torch.equal(row[:3 + n_audio], sound[:-1])
 
 
-def test_loss_over_pairs_is_the_mean_of_single_pairs(tiny, talker_clips):
+def test_one_backward_per_set_of_rates_gives_the_gradient_of_the_mean_loss(tiny, talker_clips):
+    """What the step of train.py does is the paper's loss, although a MoME remembers only its last routing."""
     x, labels = tiny.encode(features(talker_clips)), [[5, 6], [7], [8, 9, 10], [11], [12]]
-    pairs = [BOTH, {"audio": 8, "video": 8}]
-    singles = [tiny.loss(x, labels, [rates]) for rates in pairs]
-    torch.testing.assert_close(tiny.loss(x, labels, pairs), torch.stack(singles).mean())
-    assert (singles[0] - singles[1]).abs() > 1e-4
+    rate_sets = [BOTH, {"audio": 8, "video": 8}]
+    trained = [p for p in tiny.parameters() if p.requires_grad]
+    losses = [sum(w * part for w, part in zip((1, 0.01), tiny.loss(x, labels, rates))) for rates in rate_sets]
+    assert (losses[0] - losses[1]).abs() > 1e-4
+    expected = torch.autograd.grad(torch.stack(losses).mean(), trained)
+    for rates in rate_sets:
+        cross_entropy, balance = tiny.loss(x, labels, rates)
+        ((cross_entropy + 0.01 * balance) / len(rate_sets)).backward()
+    for parameter, gradient in zip(trained, expected):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_loss_is_cross_entropy_at_the_transcript_plus_balance(tiny, talker_clips):
     labels = [7, 9, 4]
     prefix = tiny.prefix(tiny.encode(features(talker_clips[:1])), BOTH)[0]
     x = torch.cat([prefix, tiny.llm.embed_tokens(torch.tensor(labels))])
-    expected = F.cross_entropy(tiny.llm.logits(tiny.llm.trunk(x[None]))[0, len(prefix) - 1:], torch.tensor([*labels, 1]))
-    expected = expected + 0.01 * tiny.llm.balance_loss()
-    torch.testing.assert_close(tiny.loss(tiny.encode(features(talker_clips[:1])), [labels], [BOTH]), expected)
+    expected = F.cross_entropy(tiny.llm.logits(tiny.llm.hidden_states(x[None]))[0, len(prefix) - 1:], torch.tensor([*labels, 1]))
+    balances = [layer.mome.balance_loss for layer in tiny.llm.layers]
+    cross_entropy, balance = tiny.loss(tiny.encode(features(talker_clips[:1])), [labels], BOTH)
+    torch.testing.assert_close(cross_entropy, expected)
+    torch.testing.assert_close(balance, torch.stack(balances).mean())
+    assert len(balances) == 2 and balance > 0
 
 
 def test_frozen_parts_get_no_gradient_and_router_and_experts_do(talker_clips):
@@ -300,7 +334,7 @@ def test_frozen_parts_get_no_gradient_and_router_and_experts_do(talker_clips):
         torch.nn.init.normal_(layer.mome.up)
     model.train()
     assert not any(module.training for module in model.encoders.modules())
-    model.loss(model.encode(features(talker_clips)), [[5, 6]] * 5, [BOTH]).backward()
+    sum(model.loss(model.encode(features(talker_clips)), [[5, 6]] * 5, BOTH)).backward()
     for name, parameter in model.named_parameters():
         if ".mome." in name or name.startswith(("projectors.", "markers.")):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -312,7 +346,7 @@ def greedy(model, encoded, rates, steps):
     """Greedy decoding without cache, batch or beam."""
     x, ids, scores = model.prefix(encoded, rates)[0], [], []
     for _ in range(steps):
-        logp = model.llm.logits(model.llm.trunk(x[None])[0, -1]).log_softmax(-1)
+        logp = model.llm.logits(model.llm.hidden_states(x[None])[0, -1]).log_softmax(-1)
         scores.append(logp.max().item())
         best = logp.argmax().item()
         if best == model.config.eos:
@@ -329,11 +363,11 @@ def test_beam_1_is_greedy_and_a_wider_beam_scores_no_worse(talker_clips):
         model = tiny_avsr(seed, vocab=4)
         encoded = model.encode(features(talker_clips[:1]))
         expected, logprob = greedy(model, encoded, BOTH, 6)
-        (ids, mean), = model.generate(encoded, BOTH, max_tokens=6)
+        (ids, mean), = answers_of(model, encoded, BOTH, max_tokens=6)
         assert ids == expected and mean == pytest.approx(logprob, abs=1e-4)
         ended += len(ids) < 6
-        (_, wide), = model.generate(encoded, BOTH, beam=4, max_tokens=2)
-        (_, narrow), = model.generate(encoded, BOTH, beam=1, max_tokens=2)
+        (_, wide), = answers_of(model, encoded, BOTH, beam=4, max_tokens=2)
+        (_, narrow), = answers_of(model, encoded, BOTH, beam=1, max_tokens=2)
         assert wide >= narrow - 1e-5
     assert 0 < ended < 30, "these seeds no longer cover both ways of stopping"
 
@@ -346,12 +380,12 @@ def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_two_tokens(talker_clips
 
     def logp(ids):
         x = torch.cat([prefix, model.llm.embed_tokens(torch.tensor(ids, dtype=torch.long))])
-        return model.llm.logits(model.llm.trunk(x[None])[0, -1]).log_softmax(-1).tolist()
+        return model.llm.logits(model.llm.hidden_states(x[None])[0, -1]).log_softmax(-1).tolist()
 
     eos, first = model.config.eos, logp([])
     means = {(): first[eos]} | {(a,) if b == eos else (a, b): (first[a] + second) / 2
                                 for a in range(6) if a != eos for b, second in enumerate(logp([a]))}
-    (ids, mean), = model.generate(encoded, BOTH, beam=6, max_tokens=2)
+    (ids, mean), = answers_of(model, encoded, BOTH, beam=6, max_tokens=2)
     assert tuple(ids) == max(means, key=means.get) and mean == pytest.approx(max(means.values()), abs=1e-4)
 
 
@@ -361,18 +395,18 @@ def test_a_beam_reports_the_probability_of_its_words(talker_clips):
     for seed in range(6):
         model = tiny_avsr(seed, vocab=8)
         encoded = model.encode(features(talker_clips))
-        for prefix, (ids, mean) in zip(model.prefix(encoded, BOTH), model.generate(encoded, BOTH, beam=3, max_tokens=6)):
+        for prefix, (ids, mean) in zip(model.prefix(encoded, BOTH), answers_of(model, encoded, BOTH, beam=3, max_tokens=6)):
             said = torch.tensor(ids + [model.config.eos] * (len(ids) < 6))
             x = torch.cat([prefix, model.llm.embed_tokens(said[:-1])])
-            logp = model.llm.logits(model.llm.trunk(x[None])[0, len(prefix) - 1:]).log_softmax(-1)
+            logp = model.llm.logits(model.llm.hidden_states(x[None])[0, len(prefix) - 1:]).log_softmax(-1)
             assert mean == pytest.approx(logp[torch.arange(len(said)), said].mean().item(), abs=1e-4)
 
 
 @torch.no_grad()
 def test_a_padded_batch_of_beams_equals_one_by_one(tiny, talker_clips):
-    together = tiny.generate(tiny.encode(features(talker_clips)), BOTH, beam=3, max_tokens=5)
+    together = answers_of(tiny, tiny.encode(features(talker_clips)), BOTH, beam=3, max_tokens=5)
     for clip, (ids, mean) in zip(talker_clips, together):
-        (alone, alone_mean), = tiny.generate(tiny.encode(features([clip])), BOTH, beam=3, max_tokens=5)
+        (alone, alone_mean), = answers_of(tiny, tiny.encode(features([clip])), BOTH, beam=3, max_tokens=5)
         assert ids == alone and mean == pytest.approx(alone_mean, abs=1e-3)
 
 
@@ -383,21 +417,21 @@ def test_one_batch_overfits_to_wer_0(talker_clips):
     pairs = [BOTH, {"audio": 8}]
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 5e-3)
     for _ in range(300):
-        loss = model.loss(x, labels, pairs)
         optimizer.zero_grad()
-        loss.backward()
+        for rates in pairs:
+            cross_entropy, balance = model.loss(x, labels, rates)
+            ((cross_entropy + 0.01 * balance) / len(pairs)).backward()
         optimizer.step()
     model.eval()
     for rates in pairs:
-        told = [tokenizer.decode(ids).strip() for ids, _ in model.generate(x, rates)]
+        told = [tokenizer.decode(ids).strip() for ids, _ in answers_of(model, x, rates)]
         assert jiwer.wer([clip.text for clip in talker_clips], told) == 0, told
 
 
 def test_checkpoint_round_trip_and_same_bytes(tiny, tmp_path, talker_clips):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        data.save_tokenizer([], tmp_path / name)
-        save_model(tiny, tmp_path / name, {}, rates=[[4, 2]])
+        save_model(tiny, tmp_path / name, {}, words=[], rates=[[4, 2]])
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     loaded, config = load_model(tmp_path / "a")
     assert config["rates"] == [[4, 2]] and loaded.config == tiny.config and isinstance(loaded, AVSR)

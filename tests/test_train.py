@@ -1,11 +1,14 @@
 """python -m pytest tests/test_train.py: the two commands, their flags, their files, wrong use."""
+import ast
 import json
 import math
+import random
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields, replace
 from functools import partial
-from threading import Barrier
 
 import jiwer
 import numpy as np
@@ -15,44 +18,54 @@ from conftest import ROOT, SHARED, TRAINED, ffmpeg
 from safetensors.torch import load_file
 
 import data
-import evaluate
-import media
-import pretrain
 import sample
 import train
+from extras import auto, baselines
+from mome import AVSRConfig, Llama, LlamaConfig
+from real import clips as data_command
+from real import media
+from real.clips import read_clip
+from real.options import parse_options
+from real.subtitles import write_srt
+from toy import pretrain
+from toy.talker import talker_clip, write_talker_clips
 
 TINY = "--clips 12 --valid-clips 6 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
 
 # --- flags ---
 
+def parse_args(argv):
+    return parse_options(train.TrainConfig, argv, train.__doc__, "", train.PRESETS, train.check)
+
+
 @pytest.mark.parametrize("text, pairs", [("2,4,8", [(2, 2), (4, 4), (8, 8)]), ("4:2,16:5", [(4, 2), (16, 5)]), ("3", [(3, 3)]),
                                          ("4,16x2,5", [(4, 2), (4, 5), (16, 2), (16, 5)]), ("4,4:4,8:2", [(4, 4), (8, 2)])])
 def test_rates(text, pairs):
-    assert train.parse_rates(text) == pairs
+    assert data.parse_rates(text) == pairs
 
 
 @pytest.mark.parametrize("text", ["", "2,,4", "a", "4:", ":4", "0", "-2", "2.5", "4x", "4x2x1", "4:2:1", "2;4"])
 def test_bad_rates(text, capsys):
     with pytest.raises(ValueError, match="rate"):
-        train.parse_rates(text)
+        data.parse_rates(text)
     with pytest.raises(SystemExit) as end:
         train.main(["--rates", text])
     assert end.value.code == 2 and "rate" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("argv", [["--count", "0"], ["--seed", "-1"], ["fsdd"]])
+@pytest.mark.parametrize("argv", [["--count", "0"], ["--seed", "-1"], ["check"]])
 def test_bad_data_flags(argv):
     with pytest.raises(SystemExit) as end:
-        data.main(argv)
+        data_command.main(argv)
     assert end.value.code == 2
 
 
 def test_rates_of_a_task():
     pairs = [(4, 2), (4, 5), (16, 2)]
-    assert train.task_rates("avsr", pairs) == [{"audio": 4, "video": 2}, {"audio": 4, "video": 5}, {"audio": 16, "video": 2}]
-    assert train.task_rates("asr", pairs) == [{"audio": 4}, {"audio": 16}]
-    assert train.task_rates("vsr", pairs) == [{"video": 2}, {"video": 5}]
+    assert data.task_rates("avsr", pairs) == [{"audio": 4, "video": 2}, {"audio": 4, "video": 5}, {"audio": 16, "video": 2}]
+    assert data.task_rates("asr", pairs) == [{"audio": 4}, {"audio": 16}]
+    assert data.task_rates("vsr", pairs) == [{"video": 2}, {"video": 5}]
 
 
 @pytest.mark.parametrize("flags", ["--tasks asr,lips", "--snr clean,loud", "--snr nan", "--steps -1", "--top-k 9", "--place mlp", "--steps x",
@@ -64,9 +77,9 @@ def test_bad_flags(flags, capsys):
 
 
 def test_every_flag_has_one_default_and_a_help_line(capsys):
-    assert train.parse_args([]) == train.TrainConfig()
+    assert parse_args([]) == train.TrainConfig()
     with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
+        parse_args(["--help"])
     told = capsys.readouterr().out
     for f in fields(train.TrainConfig):
         assert "--" + f.name.replace("_", "-") in told
@@ -79,9 +92,9 @@ def test_readme_commands_parse():
     for name, arguments in commands:
         argv = shlex.split(arguments, comments=True)
         if name == "train":
-            train.parse_args(argv)
+            parse_args(argv)
         else:
-            {"sample": sample, "data": data}[name].parse_args(argv)
+            {"sample": sample, "data": data_command}[name].parse_args(argv)
 
 
 # --- training ---
@@ -91,33 +104,120 @@ def test_frame_units():
     assert pretrain.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_fit_learns_from_the_mean_over_the_parts_of_a_batch(workers):
-    torch.manual_seed(0)
-    parts, together = torch.randn(4, 4) / 10, Barrier(workers)
+def test_fit_lowers_the_loss_and_passes_over_parameters_without_gradient():
+    weight, unused = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(1))
+    losses = []
 
-    def part_loss(w, x):
-        together.wait(10)  # until so many learn at once
-        return (w - x).square().sum()
-
-    def learned(make_batch, loss_of, **more):
-        w, unused, told = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(1)), []
-        pretrain.fit("test", iter([w, unused]), make_batch, partial(loss_of, w), 4, 0.01, every=2,
-                     check=lambda *seen: told.append([*seen, *w.grad.tolist()]), **more)
-        assert unused.item() == 1
-        return w.detach(), torch.tensor(told)
-    apart = learned(lambda: [(part,) for part in parts], part_loss, workers=workers)
-    once = learned(lambda: [(parts,)], lambda w, x: (w - x).square().sum(1).mean())
-    torch.testing.assert_close(apart, once)
-    assert apart[0].abs().sum() > 0 and apart[1][:, 0].tolist() == [2, 4]
+    def loss_at(step):
+        losses.append((weight - torch.arange(4.)).square().sum())
+        return losses[-1]
+    pretrain.fit("test", iter([weight, unused]), loss_at, 40, 0.1)
+    assert losses[-1] < losses[0] / 4 and unused.item() == 1 and len(losses) == 40
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_fails_in_a_part_ends_training(workers):
-    def loss_of(x):
-        raise ValueError(f"part {x}")
-    with pytest.raises(ValueError, match="part 0"):
-        pretrain.fit("test", [torch.nn.Parameter(torch.zeros(1))], lambda: [(0,), (1,), (2,)], loss_of, 9, 0.1, workers=workers)
+def test_what_fails_in_a_step_ends_training():
+    def loss_at(step):
+        raise ValueError(f"step {step}")
+    with pytest.raises(ValueError, match="step 0"):
+        pretrain.fit("test", [torch.nn.Parameter(torch.zeros(1))], loss_at, 9, 0.1)
+
+
+def test_stage_2_reads_letters_and_writes_words():
+    """Text alone goes in: the bytes of a sentence; its words are the labels. No sentence of the test split is among them."""
+    tokenizer, rows = data.make_tokenizer(["bin", "blue", "now"]), []
+    config = AVSRConfig(LlamaConfig(tokenizer.n_vocab, 16, 1, 2, 2, 16), bos=259, eos=260, prompt=(261,))
+    llm = Llama(config.llm)
+    table = llm.embed_tokens.weight.detach().clone()
+    original = llm.transcript_loss
+
+    def transcript_loss(prefixes, labels):
+        if not rows:
+            for prefix, y in zip(prefixes, labels):
+                ids = [(table - vector).abs().sum(1).argmin().item() for vector in prefix.detach()]
+                rows.append((ids, y.tolist()))
+        return original(prefixes, labels)
+    llm.transcript_loss = transcript_loss
+    pretrain.train_llm(llm, ["bin blue", "blue now"], {"now bin"}, tokenizer, config, 1, 0, "cpu")
+    assert len(rows) == pretrain.LLM_BATCH
+    for ids, labels in rows:
+        text = bytes(ids[1:-1]).decode()
+        assert ids[0] == 259 and ids[-1] == 261 and labels == [*tokenizer.encode(f" {text}"), 260] and text != "now bin"
+    assert len({tuple(ids) for ids, _ in rows}) > 3  # sentences and random words
+
+
+def test_a_made_up_sentence_is_never_a_tested_one():
+    words, tested = ["a", "b"], {f"{x} {y}" for x in "ab" for y in "ab"}
+    drawn = {pretrain.random_sentence(["a b c"], tested, words, random.Random(seed)) for seed in range(300)}
+    assert not drawn & tested and len(drawn) > 10
+
+
+def test_frozen_parts_are_found_after_a_comment_in_mome_changes(trained, tmp_path):
+    """The cache's keys are what goes in, not the source text."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("real/*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("extras/*.py")]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text() + ("\n# one more comment\n" if path.name == "mome.py" else ""))
+    done = subprocess.run([sys.executable, "train.py", *TRAINED, "--out", "out", "--cache", str(trained / "cache")], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("found in") == 3, done.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "projectors"])
+def test_other_methods_train_test_and_are_read_again(method, trained, tmp_path, capsys):
+    argv = [*TRAINED, "--out", str(tmp_path / "out"), "--cache", str(trained / "cache"), "--method", method]
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    names = [name for name in load_file(tmp_path / "out/model.safetensors") if ".mome." in name or ".lora_" in name]
+    if method == "lora":
+        assert len(names) == 4 * 4 * 2 and all(".lora_" in name for name in names)
+        assert "LoRA 28,672 (28,672 active for one token)" in printed
+    else:
+        assert not names and "MoME 0 (0 active for one token)" in printed
+    rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
+    assert train.main([*argv[:-2], "--eval-only"]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["rows"] == rows and metrics["config"]["method"] == method
+
+
+def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
+    tokens = torch.randint(0, 40, (2, 6))
+    before = tiny.llm(tokens)
+    baselines.add_lora(tiny.llm, 3)
+    torch.testing.assert_close(tiny.llm(tokens), before)
+    q = tiny.llm.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(q.lora_b)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(q(x), x @ (q.weight + q.lora_b @ q.lora_a).T)
+    tiny.llm(tokens).sum().backward()
+    assert q.lora_a.grad is not None and q.weight.grad is None
+    class Paper:
+        n_routed, top_k, n_shared, bottleneck = 23, 4, 1, 12
+    llama_3b = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, head_dim=128)
+    assert baselines.lora_rank(llama_3b, Paper) == 22  # the paper's LoRA of rank 48 has 27.5M, its MoME 12.7M active
+
+
+def test_imports_go_one_way():
+    """No circle among the files, also counting imports inside functions, except the command line under data.py's __main__."""
+    files = {str(path.relative_to(ROOT)).removesuffix(".py").replace("/", "."): path
+             for folder in (".", "real", "toy") for path in (ROOT / folder).glob("*.py")}
+    imports = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+        found = set()
+        for node in tree.body if name in ("toy.talker", "real.clips") else ast.walk(tree):  # these two import lazily for data.py
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        imports[name] = found & set(files)
+
+    def reaches(start, goal, visited):
+        return any(name == goal or name not in visited and not visited.add(name) and reaches(name, goal, visited)
+                   for name in imports[start])
+    assert not [name for name in files if reaches(name, name, set())]
+    assert imports["mome"] == {"encoders", "real.weights"} and imports["encoders"] == {"real.weights"}  # weights: in from_pretrained
+    assert sorted(name for name in files if "." not in name) == ["data", "encoders", "mome", "sample", "train"]  # five files at the top
 
 
 def test_what_training_writes(trained):
@@ -190,7 +290,7 @@ def test_real_voices(tmp_path, capsys):
 
 
 def test_a_folder_with_clips_that_lack_a_stream(tmp_path, capsys):
-    data.write_talker_clips(tmp_path / "clips", 8, "train", 0, size=32)
+    write_talker_clips(tmp_path / "clips", 8, "train", 0, size=32)
     paths = sorted((tmp_path / "clips").glob("*.mp4"))
     for path, options in ((paths[0], "-an -c:v copy"), (paths[1], "-vn -c:a copy")):
         ffmpeg("-i", path, *options.split(), tmp_path / "cut.mp4")
@@ -198,7 +298,7 @@ def test_a_folder_with_clips_that_lack_a_stream(tmp_path, capsys):
     argv = ["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), "--rates", "4", *TINY, "--steps", "8",
             "--n-routed", "0", "--n-shared", "0", "--snr", "clean"]
     assert train.main(argv) == 0  # projectors only
-    assert "MoME 0," in capsys.readouterr().out
+    assert "MoME 0 (0 active for one token)," in capsys.readouterr().out
     assert not [name for name in load_file(tmp_path / "out/model.safetensors") if "mome" in name]
     assert sample.main([str(paths[0]), str(paths[1]), str(paths[2]), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
     assert [json.loads(line)["task"] for line in capsys.readouterr().out.splitlines()] == ["vsr", "asr", "avsr"]
@@ -234,7 +334,7 @@ def test_sample_default_clips_and_json(trained, capsys):
 
 def test_sample_rates_tasks_and_beam(trained, capsys):
     clip = next((trained / "samples").glob("*.mp4"))
-    frames = len(data.read_clip(clip).frames)
+    frames = len(read_clip(clip).frames)
     for flags, task, rates, tokens in (
             ("--rate 4", "avsr", (4, 4), 6 + -(-2 * frames // 4) + -(-frames // 4)), ("--rate 8:3 --beam 3", "avsr", (8, 3), 6 + -(-2 * frames // 8) + -(-frames // 3)),
             ("--task asr --rate 5", "asr", (5, None), 4 + -(-2 * frames // 5)), ("--task vsr --rate 4:1", "vsr", (None, 1), 4 + frames)):
@@ -268,9 +368,9 @@ def test_sample_rate_auto_and_all(trained, capsys):
 def test_decode_goes_on_only_with_the_clips_in_doubt(tiny, talker_clips):
     encoded = tiny.encode(data.batch(talker_clips, ["audio", "video"]))
     coarse, fine = {"audio": 8, "video": 4}, {"audio": 2, "video": 1}
-    first, second = (sample.decode(tiny, encoded, [(rates, -math.inf)]) for rates in (coarse, fine))
+    first, second = (sample.decode(tiny, encoded, rates) for rates in (coarse, fine))
     threshold = sorted(logprob for _, logprob, *_ in first)[2]
-    both = sample.decode(tiny, encoded, [(coarse, threshold), (fine, -math.inf)])
+    both = auto.decode_ladder(tiny, encoded, [(coarse, threshold), (fine, -math.inf)])
     for a, b, c in zip(first, second, both):
         ids, logprob, rates, _ = a if a[1] >= threshold else b
         assert (c[0], c[2]) == (ids, rates) and c[1] == pytest.approx(logprob) and c[3] == a[3] + (b[3] if a[1] < threshold else 0)
@@ -281,20 +381,21 @@ def test_calibration(tiny, talker_clips, monkeypatch):
     """With a decoder whose doubt is right: the clips it gets wrong at the coarse rate are decoded again, no others."""
     def fake(model, clips, plan, snrs, *_):
         wrong = {clip.name: i % 4 == 0 for i, clip in enumerate(clips)}
-        return {(task, i, snr): [("a b", "a c" if wrong[clip.name] and steps[0][0] == {"audio": 8} else "a b", -1. if wrong[clip.name] else -.1 - .001 * n,
-                                  100 // steps[0][0]["audio"]) for n, clip in enumerate(clips)] for (task, i), steps in plan.items() for snr in snrs}
-    monkeypatch.setattr(evaluate, "answers", fake)
+        return {(key, snr): [("a b", "a c" if wrong[clip.name] and decoder.keywords["rates"] == {"audio": 8} else "a b",
+                              -1. if wrong[clip.name] else -.1 - .001 * n, 100 // decoder.keywords["rates"]["audio"])
+                             for n, clip in enumerate(clips)] for key, (task, decoder) in plan.items() for snr in snrs}
+    monkeypatch.setattr(auto, "decode_all", fake)
     clips = [replace(talker_clips[0], name=str(i)) for i in range(40)]
-    threshold = evaluate.calibrate(tiny, clips, ["asr"], [(2, 2), (4, 4), (8, 8)], None, "cpu")["asr"]
+    threshold = auto.calibrate(tiny, clips, ["asr"], [(2, 2), (4, 4), (8, 8)], None)["asr"]
     assert -1 < threshold <= -.1
 
 
 def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
     model, config, _ = sample.load(str(trained))
-    clips = [data.talker_clip(("test", i, 0, 64, True)) for i in range(10)]
+    clips = [talker_clip(("test", i, 0, 64, True)) for i in range(10)]
     media.write_mp4(tmp_path / "long.mp4", np.concatenate([clip.frames for clip in clips]), np.concatenate([clip.wave for clip in clips]))
     heard = []
-    answer = sample.transcribe(tmp_path / "long.mp4", str(trained), tell=heard.append)
+    answer = sample.transcribe(tmp_path / "long.mp4", str(trained), on_segment=heard.append)
     assert heard == answer["segments"] and len(heard) >= 8 and answer["text"] == " ".join(s["text"] for s in heard if s["text"])
     assert all(a["start"] < a["end"] <= b["start"] for a, b in zip(heard, heard[1:])) and heard[-1]["end"] <= sum(clip.duration for clip in clips)
     assert answer["tokens"] == sum(segment["tokens"] for segment in heard)
@@ -303,7 +404,7 @@ def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
     assert (tmp_path / "long.srt").is_file()
     with pytest.raises(SystemExit):
         sample.main(["--srt", "x.srt", "a.mp4", "b.mp4"])
-    sample.write_srt(tmp_path / "b.srt", [{"start": 3661.5, "end": 3662.25, "text": "a"}, {"start": 3663, "end": 3664, "text": ""},
+    write_srt(tmp_path / "b.srt", [{"start": 3661.5, "end": 3662.25, "text": "a"}, {"start": 3663, "end": 3664, "text": ""},
                                             {"start": 3664, "end": 3665, "text": "b " * 30}])
     assert (tmp_path / "b.srt").read_text().splitlines() == [
         "1", "01:01:01,500 --> 01:01:02,250", "a", "", "2", "01:01:04,000 --> 01:01:05,000", ("b " * 21).strip(), ("b " * 9).strip()]
@@ -313,7 +414,7 @@ def test_sample_agrees_with_training(trained):
     model, config, tokenizer = sample.load(str(trained))
     clip = sorted((trained / "samples").glob("*.mp4"))[0]
     answer = sample.transcribe(clip, trained, rate="4:8")
-    row = evaluate.evaluate(model, [data.read_clip(clip, text="bin blue at f two now")], evaluate.fixed_rates(["avsr"], [(4, 8)]), [None], tokenizer, "cpu")[0]
+    row = sample.evaluate(model, [read_clip(clip, text="bin blue at f two now")], sample.fixed_plan(["avsr"], [(4, 8)]), [None], tokenizer)[0]
     assert row["wer"] == jiwer.wer("bin blue at f two now", answer["text"])
 
 

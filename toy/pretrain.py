@@ -31,6 +31,7 @@ from toy.talker import LEXICON
 
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
 LLM_BATCH = 16     # sentences in a step of stage 2
+MADE_UP = 0.6      # share of them that are random words: with fewer, the Llama learns the grammar and not the letters
 
 
 def fit(name, parameters, loss_at, steps, lr):
@@ -122,9 +123,9 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device):
 # --- stage 2: a small language model that can read letters -----------------------------------------------------------
 
 def random_sentence(texts, tested, words, rng):
-    """A sentence of `texts`, or three times in ten random words. It is never a sentence of `tested`."""
+    """A sentence of `texts`, or as many random words, more or less. It is never a sentence of `tested`."""
     text = rng.choice(texts)
-    if rng.random() < 0.3:
+    if rng.random() < MADE_UP:
         n_words = max(1, len(text.split()) + rng.randint(-2, 2))
         text = " ".join(rng.choices(words, k=n_words))
     return random_sentence(texts, tested, words, rng) if text in tested else text
@@ -171,7 +172,7 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
             plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
             torch.manual_seed(seed)
             make = partial(train_llm, Llama(plain.llm), texts, tested, tokenizer, plain, config.llm_steps, seed, device)
-            key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, texts, sorted(tested)]
+            key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
             llama = beside.submit(cached, cache, "llama", key, make)
         for stream, encoder in model.encoders.items():
             if stream not in given:
