@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 SAMPLE_RATE = 16_000                          # Hz
-HOP_LENGTH = 160                              # samples between two log-mel frames: 100 frames a second
+HOP_LENGTH = 160                                                              # samples between two log-mel frames: 100 frames a second
 N_FFT = 400                                   # samples in one STFT window: 25 ms
 FPS = 25                                      # video frames a second
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS        # 640: one video frame lasts 4 log-mel frames or 2 audio tokens
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS                                        # 640: one video frame lasts 4 log-mel frames or 2 audio tokens
 MELS_PER_AUDIO_TOKEN = 2                      # the stride of the audio encoder's second convolution
 
 
@@ -31,7 +31,7 @@ class AudioConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
-    pos_kernel: int = 31    # kernel of a positional convolution, 0 for none. Whisper has none; not in the paper
+    pos_kernel: int = 31                                                      # kernel of a positional convolution, 0 for none. Whisper has none; not in the paper
     pos_groups: int = 0     # groups of that convolution, 0 for one group per channel
     max_tokens: int = 1500  # 30 s
     padded: bool = False    # pad every clip with silence to 30 s, as Whisper was trained
@@ -40,8 +40,8 @@ class AudioConfig:
 @dataclass(frozen=True)
 class VideoConfig:
     """Sizes of the video encoder. The defaults are the tiny stand-in."""
-    size: int = 32                            # pixels: height and width of the centre crop that is encoded
-    picture: int = 32                         # pixels: height and width of the mouth picture before the crop
+    size: int = 32                                                            # pixels: height and width of the centre crop that is encoded
+    picture: int = 32                                                         # pixels: height and width of the mouth picture before the crop
     stem_channels: int = 8
     stem_kernel: int = 5                      # pixels; the kernel is always 5 frames deep
     channels: tuple[int, ...] = (16, 32, 64)  # of the ResNet's stages; each stage but the first halves the picture
@@ -67,7 +67,7 @@ def mel_filters(n_mels):
 
     Bands are linear below 1 kHz and logarithmic above. Each triangle has unit area."""
     knee = 1000.0                                         # Hz
-    step, log_step = 200 / 3, math.log(6.4) / 27          # Hz per mel below the knee, log Hz per mel above it
+    step, log_step = 200 / 3, math.log(6.4) / 27                              # Hz per mel below the knee, log Hz per mel above it
 
     def to_hz(mel):
         above = knee * torch.exp(log_step * (mel - knee / step))
@@ -80,7 +80,8 @@ def mel_filters(n_mels):
     rising = (freqs - low) / (centre - low)
     falling = (high - freqs) / (high - centre)
     triangles = torch.minimum(rising, falling).clamp(min=0)
-    return (triangles * 2 / (high - low)).float()
+    area = (high - low) / 2
+    return (triangles / area).float()
 
 
 def mel_power(wave, n_mels=80):
@@ -102,7 +103,8 @@ def compress(power):
     Values more than 8 (80 dB) below the clip's maximum are raised to that floor."""
     log = power.clamp(min=1e-10).log10()
     floor = log.amax(dim=(-2, -1), keepdim=True) - 8
-    return (torch.maximum(log, floor) + 4) / 4
+    log = torch.maximum(log, floor)
+    return (log + 4) / 4
 
 
 def log_mel(wave, n_mels=80):
@@ -123,20 +125,26 @@ class Block(nn.Module):
     def __init__(self, dim, n_heads, key_bias):
         super().__init__()
         self.n_heads = n_heads
-        self.attn_norm, self.ffn_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.attn_norm = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=key_bias)
+        self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x, valid):
         """x (B, T, D), valid (B, T) -> (B, T, D). Every token attends to all valid tokens."""
+        def heads(y):
+            return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)        # (B, heads, T, D / heads)
+
         h = self.attn_norm(x)
-        q, k, v = (project(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)      # (B, heads, T, D / heads)
-                   for project in (self.q, self.k, self.v))
+        q, k, v = heads(self.q(h)), heads(self.k(h)), heads(self.v(h))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         x = x + self.out(h.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+        h = self.ffn_norm(x)
+        return x + self.fc2(F.gelu(self.fc1(h)))
 
 
 class PositionConv(nn.Conv1d):
@@ -147,7 +155,8 @@ class PositionConv(nn.Conv1d):
 
     def forward(self, x):
         """x must be zero at padding."""
-        context = super().forward(x.transpose(1, 2))[..., :x.shape[1]]               # (B, D, T)
+        context = super().forward(x.transpose(1, 2))
+        context = context[..., :x.shape[1]]                                          # (B, D, T)
         return x + F.gelu(context).transpose(1, 2)
 
 
@@ -177,8 +186,8 @@ class AudioEncoder(nn.Module):
             lengths = torch.full((len(mel),), mel.shape[-1], device=mel.device)
         if self.config.padded:
             mel, lengths = self.with_silence(mel, lengths)
-        valid = valid_mask(lengths, mel.shape[-1])[:, None]                          # (B, 1, frames)
-        x = F.gelu(self.conv1(mel * valid)) * valid                                  # (B, D, frames)
+        valid = valid_mask(lengths, mel.shape[-1])[:, None]                   # (B, 1, frames)
+        x = F.gelu(self.conv1(mel * valid)) * valid                           # (B, D, frames)
         x = F.gelu(self.conv2(x)).transpose(1, 2)                                    # (B, T, D)
         assert x.shape[1] <= len(self.positions), f"{x.shape[1]} audio tokens, at most {len(self.positions)}"
         x = x + self.positions[:x.shape[1]]
@@ -219,12 +228,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.relu1, self.relu2 = nn.PReLU(c_out), nn.PReLU(c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu1 = nn.PReLU(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.relu2 = nn.PReLU(c_out)
         self.downsample = None
-        if (stride, c_in) != (1, c_out):
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        if stride > 1 or c_in != c_out:
+            conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         h = self.relu1(self.bn1(self.conv1(x)))
@@ -241,15 +254,18 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config, dim, stem, k = config, config.dim, config.stem_channels, config.stem_kernel
         self.stem = nn.Conv3d(1, stem, (5, k, k), stride=(1, 2, 2), padding=(2, k // 2, k // 2), bias=False)
-        self.stem_norm, self.stem_relu = nn.BatchNorm2d(stem), nn.PReLU(stem)
+        self.stem_norm = nn.BatchNorm2d(stem)
+        self.stem_relu = nn.PReLU(stem)
         blocks, c_in = [], stem
         for stage, c_out in enumerate(config.channels):
             for block in range(config.blocks_per_stage):
-                blocks.append(ResidualBlock(c_in, c_out, stride=2 if stage > 0 and block == 0 else 1))
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(ResidualBlock(c_in, c_out, stride))
                 c_in = c_out
         self.resnet = nn.Sequential(*blocks)
         self.proj = nn.Linear(c_in, dim)
-        self.fuse_norm, self.fuse = nn.LayerNorm(2 * dim), nn.Linear(2 * dim, dim)
+        self.fuse_norm = nn.LayerNorm(2 * dim)
+        self.fuse = nn.Linear(2 * dim, dim)
         self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups)
         self.blocks = nn.ModuleList(Block(dim, config.n_heads, key_bias=True) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim)
@@ -262,18 +278,19 @@ class VideoEncoder(nn.Module):
         size, edge = self.config.size, (video.shape[-1] - self.config.size) // 2
         assert edge >= 0, f"pictures of {video.shape[-1]} pixels, at least {size}"
         video = video[..., edge:edge + size, edge:edge + size]
-        x = (video - 0.421) / 0.165 * valid[:, None, :, None, None]                  # AV-HuBERT's pixel mean and std
-        # A Conv3d over one channel equals a Conv2d whose 5 channels are the neighbouring frames.
-        # The Conv2d is several times faster on a CPU.
-        x = F.pad(x[:, 0], (0, 0, 0, 0, 2, 2)).unfold(1, 5, 1)                       # (B, T, H, W, 5)
-        x = x.permute(0, 1, 4, 2, 3).flatten(0, 1)                                   # (B * T, 5, H, W)
-        x = x.contiguous(memory_format=torch.channels_last)                          # faster on a CPU, same values
+        x = (video - 0.421) / 0.165 * valid[:, None, :, None, None]           # AV-HuBERT's pixel mean and std
+        # A Conv3d over one channel equals a Conv2d over 5 frames as channels, which is much faster on a CPU.
+        x = F.pad(x[:, 0], (0, 0, 0, 0, 2, 2)).unfold(1, 5, 1)                # (B, T, H, W, 5)
+        x = x.permute(0, 1, 4, 2, 3).flatten(0, 1)                            # (B * T, 5, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)                   # faster on a CPU, same values
         x = F.conv2d(x, self.stem.weight[:, 0], stride=2, padding=self.stem.padding[1])
-        x = F.max_pool2d(self.stem_relu(self.stem_norm(x)), 3, 2, 1)                 # (B * T, C, H / 4, W / 4)
+        x = self.stem_relu(self.stem_norm(x))
+        x = F.max_pool2d(x, 3, 2, 1)                                          # (B * T, C, H / 4, W / 4)
         x = self.resnet(x).mean(dim=(-2, -1))                                        # (B * T, C)
         x = self.proj(x).view(B, T, -1)                                              # (B, T, D)
-        x = torch.cat([torch.zeros_like(x), x], dim=-1)                              # AV-HuBERT's audio half is zero
-        x = self.pos_conv(self.fuse(self.fuse_norm(x)) * valid[..., None])
+        x = torch.cat([torch.zeros_like(x), x], dim=-1)                       # AV-HuBERT's audio half is zero
+        x = self.fuse(self.fuse_norm(x))
+        x = self.pos_conv(x * valid[..., None])
         for block in self.blocks:
             x = block(x, valid)
         return self.norm(x)

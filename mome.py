@@ -79,10 +79,8 @@ class MoME(nn.Module):
 
     An expert is a bottleneck: E(h) = gelu(h @ down + b) @ up + c. Every token passes the N_s shared experts.
     A linear router sends it to K of the N_r routed experts, with gates g.
-
     Nothing here knows a rate or a stream. A sound token pooled by 16, a lip token pooled by 2 and a word meet
-    the same router and the same experts. So what the experts learn at fine rates serves the coarse rates.
-
+    the same router and experts. So what the experts learn at fine rates serves the coarse rates.
     Up-projections start at zero, so a new MoME changes nothing and its first step trains only them (not in
     the paper). Parameters stay fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
 
@@ -105,7 +103,8 @@ class MoME(nn.Module):
         gates, experts = self.route(x, valid)                             # (N, A), (N, A)
         path = self.best_path(x) if self.path == "auto" else self.path
         compute = {"loop": self.loop, "grouped": self.grouped, "wide": self.wide}[path]
-        weights = [p.to(h.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)]
+        weights = (self.down, self.down_bias, self.up, self.up_bias)
+        weights = [weight.to(h.dtype) for weight in weights]
         return compute(x, gates, experts, *weights).view_as(h)
 
     def route(self, x, valid=None):
@@ -123,14 +122,16 @@ class MoME(nn.Module):
         experts = torch.arange(self.n_shared, device=x.device).expand(len(x), -1)
         if self.router is None:
             return gates, experts
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             logits = F.linear(x.float(), self.router.weight.float())      # (N, N_r)
         probs = logits.softmax(dim=-1)
         top, chosen = probs.topk(self.top_k, dim=-1)                      # (N, K)
         self.routed = probs, chosen, valid
         if self.top_k > 1:
             top = top / top.sum(dim=-1, keepdim=True)
-        return torch.cat([gates, top.to(x.dtype)], dim=1), torch.cat([experts, chosen + self.n_shared], dim=1)
+        gates = torch.cat([gates, top.to(x.dtype)], dim=1)
+        experts = torch.cat([experts, chosen + self.n_shared], dim=1)
+        return gates, experts
 
     @property
     def balance_loss(self):
@@ -155,16 +156,18 @@ class MoME(nn.Module):
             token, slot = (experts == n).nonzero(as_tuple=True)
             hidden = F.gelu(x[token] @ down[n].T + down_bias[n])
             y = hidden @ up[n] + up_bias[n]
-            out = out.index_add(0, token, gates[token, slot, None] * y)
+            gate = gates[token, slot, None]
+            out = out.index_add(0, token, gate * y)
         return out
 
     @staticmethod
     def wide(x, gates, experts, down, down_bias, up, up_bias):
         """All experts as one bottleneck of width E * R. Gates of 0 remove the experts that were not chosen.
         This is E / A times the arithmetic, but no token moves. For narrow experts moving costs more."""
-        gate = gates.new_zeros(len(x), len(down)).scatter(1, experts, gates)             # (N, E)
-        hidden = F.gelu(F.linear(x, down.flatten(0, 1), down_bias.flatten()))            # (N, E * R)
-        hidden = hidden.unflatten(1, down_bias.shape) * gate[..., None]                  # (N, E, R)
+        gate = gates.new_zeros(len(x), len(down))
+        gate = gate.scatter(1, experts, gates)                                           # (N, E)
+        hidden = F.linear(x, down.flatten(0, 1), down_bias.flatten())                    # (N, E * R)
+        hidden = F.gelu(hidden).unflatten(1, down_bias.shape) * gate[..., None]          # (N, E, R)
         return torch.addmm(gate @ up_bias, hidden.flatten(1), up.flatten(0, 1))          # (N, D)
 
     @staticmethod
@@ -176,14 +179,17 @@ class MoME(nn.Module):
             raise ValueError(f"path 'grouped': rows of {D} numbers are not whole 16 bytes; use 'wide' or 'loop'")
         expert, order = experts.flatten().sort()                          # (N * A,)
         token = order // A
-        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True).int()
+        numbers = torch.arange(E, device=x.device)
+        ends = torch.searchsorted(expert, numbers, right=True).int()
         spare = -R % (16 // x.element_size())
-        down, up = (F.pad(w, (0, 0, 0, spare)) for w in (down, up))
+        down = F.pad(down, (0, 0, 0, spare))
         down_bias = F.pad(down_bias, (0, spare))
+        up = F.pad(up, (0, 0, 0, spare))
         hidden = F.grouped_mm(x.index_select(0, token), down.mT, offs=ends)
         hidden = F.gelu(hidden + down_bias[expert])                       # (N * A, R + spare)
         y = F.grouped_mm(hidden, up, offs=ends) + up_bias[expert]         # (N * A, D)
-        return torch.zeros_like(x).index_add(0, token, y * gates.flatten()[order, None])
+        gate = gates.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
         """`grouped` if it saves more than 64 products per copied number, else `wide`, as for the paper's sizes.
@@ -214,8 +220,10 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim, bias = config.head_dim, config.attention_bias
-        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        bias = config.attention_bias
+        width = config.n_heads * config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, width, bias=bias)
         self.k_proj = nn.Linear(config.dim, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.dim, kv_width, bias=bias)
@@ -224,9 +232,12 @@ class Attention(nn.Module):
     def forward(self, x, rope, write=None, mask=None):
         """x (B, T, D) -> (B, T, D), causal. In decoding, `write(k, v)` stores new keys and values and returns
         all S of them, and mask (B, 1, 1, S) is true where the new token may look (sample.KVCache)."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)         # (B, H, T, D/H)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        def heads(y):
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
+
+        q = rotate(heads(self.q_proj(x)), *rope)
+        k = rotate(heads(self.k_proj(x)), *rope)
+        v = heads(self.v_proj(x))
         if write is not None:
             k, v = write(k, v)
         h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=x.shape[1] > 1, enable_gqa=True)
@@ -243,7 +254,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -362,10 +374,11 @@ def pool(x, lengths, rate):
     A last window that is not full is the mean of its tokens (not in the paper)."""
     B, T, D = x.shape
     valid = valid_mask(lengths.to(x.device), T)[..., None].to(x)          # (B, T, 1)
-    rest = -T % rate
-    total = F.pad(x * valid, (0, 0, 0, rest)).view(B, -1, rate, D).sum(dim=2)
-    count = F.pad(valid, (0, 0, 0, rest)).view(B, -1, rate, 1).sum(dim=2)
-    return total / count.clamp(min=1), (lengths + rate - 1) // rate
+    rest = (0, 0, 0, -T % rate)
+    total = F.pad(x * valid, rest).view(B, -1, rate, D).sum(dim=2)
+    count = F.pad(valid, rest).view(B, -1, rate, 1).sum(dim=2)
+    lengths = (lengths + rate - 1) // rate
+    return total / count.clamp(min=1), lengths
 
 
 class Projector(nn.Sequential):
@@ -373,7 +386,11 @@ class Projector(nn.Sequential):
     paper)."""
 
     def __init__(self, d_in, d_hidden, d_out):
-        super().__init__(nn.Linear(d_in, d_hidden), nn.ReLU(), nn.Linear(d_hidden, d_out), nn.LayerNorm(d_out))
+        super().__init__(
+            nn.Linear(d_in, d_hidden),
+            nn.ReLU(),
+            nn.Linear(d_hidden, d_out),
+            nn.LayerNorm(d_out))
 
 
 # --- the whole model --------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@
 """
 import math
 import random
-import shutil
 import sys
 import time
 from collections import Counter
@@ -30,13 +29,12 @@ from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, parse_rat
 from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
 from mome import PLACES, LlamaConfig, MoME
-from real.checkpoint import EXPERTS, FLAGS, load_model, save_model
+from real.checkpoint import EXPERTS, load_model, save_model
 from real.files import CheckpointError, WeightsError, note, run_script, write_json
-from real.mouth import parse_box
-from real.options import flag, parse_options, parse_snrs, percent
-from real.setup import load_clips, set_up
-from sample import decoder_at, evaluate, fixed_plan, table
-from toy.talker import write_talker_clips
+from real.options import flag, parse_options, parse_snrs
+from real.report import table
+from real.setup import check_config, load_clips, set_up, write_samples
+from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
 TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
@@ -103,29 +101,6 @@ class TrainConfig:
         streams = {"llm"} | task_streams(self.tasks.split(","))
         paths = {"llm": self.llm, "audio": self.audio_encoder, "video": self.video_encoder}
         return {part: path for part, path in paths.items() if path and part in streams}
-
-
-def check(config):
-    """ValueError says which flag is wrong."""
-    parse_rates(config.rates)
-    parse_snrs(config.snr)
-    percent("--max-bad", config.max_bad)
-    config.box and parse_box(config.box)
-    LlamaConfig(1, **config.experts)
-    for task in config.tasks.split(","):
-        if task not in TASKS:
-            raise ValueError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
-    encoders = {"audio": config.audio_encoder, "video": config.video_encoder}
-    if any(encoders.values()) and not (config.data or config.dry_run):
-        raise ValueError("--audio-encoder and --video-encoder are for real clips: name their folder by --data")
-    if any(path and stream not in config.real_paths for stream, path in encoders.items()):
-        raise ValueError(f"--tasks {config.tasks} do not use both encoders: leave out the one that is not used")
-    if config.pad_audio and not config.audio_encoder and not config.preset:
-        raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
-    if config.preset and not config.dry_run and len(config.real_paths) < 3:
-        raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
 
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
@@ -219,6 +194,7 @@ def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> the model, the dict of config.json, the test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
+    out.mkdir(parents=True, exist_ok=True)
     saved = {"rates": pairs, "tasks": tasks, "method": config.method,
              "longest": max(clip.duration for clip in clips["train"])}
     torch.manual_seed(config.seed)
@@ -266,7 +242,6 @@ def run(config):
         report(config)
         return
     out, watch = Path(config.out), Stopwatch()
-    out.mkdir(parents=True, exist_ok=True)
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:
@@ -294,22 +269,8 @@ def run(config):
     print("; ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
 
 
-def write_samples(config, clips, folder):
-    """Three test clips for sample.py, in place of those of an earlier run."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("sample[123]_*"):
-        old.unlink()
-    if not config.data:
-        write_talker_clips(folder, 3, "test", config.seed)
-        return
-    for i, clip in enumerate(clips[:3], 1):
-        copy = folder / f"sample{i}_{Path(clip.name).name}"
-        shutil.copy(clip.name, copy)
-        copy.with_suffix(".txt").write_text(clip.text + "\n", "utf-8")
-
-
 def main(argv=None):
-    config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] [flags, see --help]", PRESETS, check)
+    config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] [flags, see --help]", PRESETS, check_config)
     try:
         run(config)
     except (ClipError, CheckpointError, WeightsError, OSError) as error:

@@ -1,4 +1,5 @@
-"""What stage 3 starts from: the clips of a job, and the model around its frozen parts, real ones or stand-ins."""
+"""What stage 3 starts from: checked flags, clips, and the model around its frozen parts, real ones or stand-ins."""
+import shutil
 import zlib
 from dataclasses import asdict
 from itertools import product
@@ -6,20 +7,43 @@ from pathlib import Path
 
 import torch
 
-from data import SPECIAL_TOKENS, TASKS, ClipError, common_words, load_tokenizer, make_tokenizer, task_streams
+from data import SPECIAL_TOKENS, TASKS, ClipError, common_words, load_tokenizer, make_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
-from real.checkpoint import dtype_on, identify, read_parts, reading
+from real.checkpoint import FLAGS, dtype_on, identify, read_parts, reading
 from real.features import Features
 from real.folders import folder_clips
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
 from real.weights import llama_ids
 from toy.pretrain import pretrain
-from toy.talker import grid_sentences, talker_clips
+from toy.talker import grid_sentences, talker_clips, write_talker_clips
 
 PROMPT = "Transcribe speech to text."    # for a real LLM, the same for all tasks; not in the paper
 MAX_HELD_OUT = 50                        # clips that --valid-every holds out, and at most a tenth of the training clips
+
+
+def check_config(config):
+    """Check flags that depend on one another. ValueError says which flag is wrong."""
+    parse_rates(config.rates)
+    parse_snrs(config.snr)
+    percent("--max-bad", config.max_bad)
+    config.box and parse_box(config.box)
+    LlamaConfig(1, **config.experts)
+    for task in config.tasks.split(","):
+        if task not in TASKS:
+            raise ValueError(f"--tasks: {task!r} is not one of {', '.join(TASKS)}")
+    encoders = {"audio": config.audio_encoder, "video": config.video_encoder}
+    if any(encoders.values()) and not (config.data or config.dry_run):
+        raise ValueError("--audio-encoder and --video-encoder are for real clips: name their folder by --data")
+    if any(path and stream not in config.real_paths for stream, path in encoders.items()):
+        raise ValueError(f"--tasks {config.tasks} do not use both encoders: leave out the one that is not used")
+    if config.pad_audio and not config.audio_encoder and not config.preset:
+        raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
+    if config.preset and not config.dry_run and len(config.real_paths) < 3:
+        raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
 
 
 def cache_folder(config):
@@ -97,8 +121,23 @@ def set_up(config, tasks, device, watch):
                             projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
     features = None
-    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device))] for stream in parts if stream != "llm"}
+    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device)), config.box if stream == "video" else ""]
+            for stream in parts if stream != "llm"}
     if keys:
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
     return model, clips, tokenizer, {"parts": known, "words": words}, features
+
+
+def write_samples(config, clips, folder):
+    """Three test clips for sample.py, in place of those of an earlier run."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("sample[123]_*"):
+        old.unlink()
+    if not config.data:
+        write_talker_clips(folder, 3, "test", config.seed)
+        return
+    for i, clip in enumerate(clips[:3], 1):
+        copy = folder / f"sample{i}_{Path(clip.name).name}"
+        shutil.copy(clip.name, copy)
+        copy.with_suffix(".txt").write_text(clip.text + "\n", "utf-8")

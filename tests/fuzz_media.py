@@ -1,7 +1,7 @@
-"""python tests/fuzz_media.py [--count 2000] [--seed 0]: read damaged media files, each made from a good one by a seeded mutation.
+"""python tests/fuzz_media.py [--count 2000] [--seed 0]: read media files that were damaged at random.
 
-Each must be read, or refused with a ClipError, within 30 s and 2 GB, ffmpeg's memory included. What is not so is kept and named,
-and the exit code is 1. Not part of the default test run: it takes some minutes.
+Each must be read, or refused with a ClipError, within 30 s and 2 GB, ffmpeg's memory included. A file that fails this
+is kept and named, and the exit code is 1. This is not part of the default test run: it takes some minutes.
 """
 import argparse
 import multiprocessing
@@ -20,18 +20,21 @@ from pathlib import Path
 from conftest import ffmpeg
 from tqdm import tqdm
 
-import data
-import media
+from data import ClipError
+from real import media
+from real.clips import read_pieces
+from toy.talker import talker_clip
 
 SECONDS, GIGABYTES = 30, 2
-KINDS = {"mp4": "-c copy", "front.mp4": "-c copy -movflags faststart", "mkv": "-c copy", "ts": "-c copy", "mov": "-c:v mpeg4 -c:a pcm_s16le",
-         "avi": "-c:v mpeg4 -c:a mp3", "mpg": "-c:v mpeg2video -q:v 3 -c:a mp2", "webm": "-c:v vp8 -b:v 300k -c:a libopus", "wav": "-vn", "flac": "-vn",
-         "mp3": "-vn", "ogg": "-vn -c:a libvorbis"}
+KINDS = {"mp4": "-c copy", "front.mp4": "-c copy -movflags faststart", "mkv": "-c copy", "ts": "-c copy",
+         "mov": "-c:v mpeg4 -c:a pcm_s16le", "avi": "-c:v mpeg4 -c:a mp3", "mpg": "-c:v mpeg2video -q:v 3 -c:a mp2",
+         "webm": "-c:v vp8 -b:v 300k -c:a libopus", "wav": "-vn", "flac": "-vn", "mp3": "-vn",
+         "ogg": "-vn -c:a libvorbis"}
 
 
 def originals(folder):
     """A clip of the synthetic talker in every container -> paths."""
-    clip = data.talker_clip(("train", 0, 0, 32, True))
+    clip = talker_clip(("train", 0, 0, 32, True))
     media.write_mp4(folder / "original.mp4", clip.frames, clip.wave)
     for kind, options in KINDS.items():
         ffmpeg("-i", folder / "original.mp4", *options.split(), folder / f"clip.{kind}")
@@ -39,7 +42,7 @@ def originals(folder):
 
 
 def mutate(content, other, rng):
-    """Bytes -> the same with 1 to 8 mutations, many of them in the first kilobyte, where the headers are."""
+    """Bytes with 1 to 8 mutations. Half of these are in the first kilobyte, where the headers are."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         at = rng.randrange(min(len(content), 1024) if rng.random() < 0.5 else len(content))
@@ -60,7 +63,8 @@ def mutate(content, other, rng):
         elif kind == 6:
             del content[at:]
         else:
-            content[at:at + 4] = rng.choice((0, 1, 2 ** 31 - 1, 2 ** 32 - 1, rng.randrange(2 ** 32))).to_bytes(4, rng.choice(("big", "little")))
+            number = rng.choice((0, 1, 2 ** 31 - 1, 2 ** 32 - 1, rng.randrange(2 ** 32)))
+            content[at:at + 4] = number.to_bytes(4, rng.choice(("big", "little")))
         content = content or bytearray(1)
     return bytes(content)
 
@@ -70,12 +74,13 @@ def late(*_):
 
 
 def peak():
-    """Gigabytes that this process, or the largest ffmpeg that it has started, has ever had."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2 ** 20
+    """The most memory, in gigabytes, that this process or any ffmpeg that it started has ever used."""
+    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return max(resource.getrusage(process).ru_maxrss for process in processes) / 2 ** 20
 
 
 def read(i, paths, folder, seed):
-    """Make mutant number i and read it -> what came of it, the path of the mutant, the most memory so far in GB."""
+    """Make mutant number i and read it -> the result ("read", "refused" or a failure), its path, the peak of memory."""
     rng = random.Random(f"{seed} {i}")
     source, other = rng.choice(paths), rng.choice(paths)
     mutant = folder / f"mutant{i:05}.{source.name.rpartition('.')[2]}"
@@ -84,10 +89,11 @@ def read(i, paths, folder, seed):
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
-        pieces = list(data.read_pieces(mutant, rng.choice((None, 2.)), box="all"))
-        result = "read" if pieces else "nothing was read, and nothing said"
-    except media.ClipError as error:
-        result = "refused" if str(error).count("\n") == 0 and str(mutant) in str(error) else f"said {error!r}"
+        longest = rng.choice((None, 2.))
+        pieces = list(read_pieces(media.probe(mutant), longest, box="all"))
+        result = "read" if pieces else "nothing was read, and no error was raised"
+    except ClipError as error:
+        result = "refused" if str(error).count("\n") == 0 and str(mutant) in str(error) else f"raised {error!r}"
     except BaseException:
         result = traceback.format_exc()
     finally:
@@ -105,15 +111,16 @@ def main():
     parser.add_argument("--count", type=int, default=2000, help="mutants (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     args = parser.parse_args()
-    folder, counts, most = Path(tempfile.mkdtemp(prefix="fuzz")), Counter(), 0
+    folder, counts, max_used = Path(tempfile.mkdtemp(prefix="fuzz")), Counter(), 0
     task = partial(read, paths=originals(folder), folder=folder, seed=args.seed)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as workers:
         for result, mutant, used in tqdm(workers.map(task, range(args.count)), "fuzz", args.count, mininterval=5):
             counts[result if result in ("read", "refused") else "failed"] += 1
-            most = max(most, used)
+            max_used = max(max_used, used)
             if result not in ("read", "refused"):
                 tqdm.write(f"{mutant}: {result}")
-    print(f"{args.count} mutants of seed {args.seed}: " + ", ".join(f"{n} {what}" for what, n in counts.items()) + f"; at most {most:.2f} GB")
+    results = ", ".join(f"{n} {result}" for result, n in counts.items())
+    print(f"{args.count} mutants of seed {args.seed}: {results}; at most {max_used:.2f} GB")
     if not counts["failed"]:
         shutil.rmtree(folder)
     return int(counts["failed"] > 0)

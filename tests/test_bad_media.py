@@ -1,6 +1,7 @@
-"""python -m pytest tests/test_bad_media.py: whatever one finds instead of a clip. Each gets the right answer or one line that says what it is.
+"""python -m pytest tests/test_bad_media.py: files that are damaged, odd, or no clips at all.
 
-`sample.py` exits with 0 where it answers and with 2 where it cannot, leaves no file half-written and never takes a minute.
+sample.py transcribes each of them and exits with 0, or prints one line that says what is wrong and exits with 2.
+It leaves no half-written file and never takes a minute.
 """
 import os
 import signal
@@ -11,10 +12,11 @@ import pytest
 import soundfile
 from conftest import ffmpeg
 
-import data
-import media
-import mouth
 import sample
+from real import clips, media, mouth
+from real.clips import read_clip
+from real.folders import Entry, read_entry
+from toy.talker import talker_clip
 
 MINUTE = 60  # seconds
 
@@ -31,9 +33,9 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A clip of 2.6 s in some containers; the mp4 has its index in front, so that its beginning alone can be read."""
+    """A clip of 2.6 s in some containers. clip.mp4 has its index in front, so that it can be read without its end."""
     folder = tmp_path_factory.mktemp("good")
-    clip = data.talker_clip(("train", 0, 0, 96, True))
+    clip = talker_clip(("train", 0, 0, 96, True))
     media.write_mp4(folder / "end.mp4", clip.frames, clip.wave)
     ffmpeg("-i", folder / "end.mp4", "-c", "copy", "-movflags", "faststart", folder / "clip.mp4")
     ffmpeg("-i", folder / "end.mp4", "-c:v", "mpeg2video", "-q:v", 2, "-c:a", "mp2", folder / "clip.mpg")
@@ -44,7 +46,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def ask(trained, tmp_path, capfd):
-    """Run sample.py on a clip, with subtitles -> (exit code, what it said, of which `heard` is the text and `told` the complaint)."""
+    """Run sample.py on a clip, with subtitles -> (exit code, the transcript or the error line, all lines on stderr)."""
     def run(path, *flags):
         folder = tmp_path / "written"
         folder.mkdir(exist_ok=True)
@@ -52,25 +54,27 @@ def ask(trained, tmp_path, capfd):
         code = sample.main([str(path), "--ckpt", str(trained), "--srt", str(folder / "clip.srt"), *flags])
         out, err = capfd.readouterr()
         lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
-        assert "Traceback" not in err and len([line for line in lines if not line.startswith("note: ")]) == (code != 0), err
+        errors = [line for line in lines if not line.startswith("note: ")]
+        assert "Traceback" not in err and len(errors) == (code != 0), err
         assert out.count("\n") == (code == 0), out
-        assert [p.name for p in folder.iterdir()] == ["clip.srt"] * (code == 0)  # whole or not at all, nothing else
+        assert [p.name for p in folder.iterdir()] == ["clip.srt"] * (code == 0)  # no half-written and no other file
         (folder / "clip.srt").unlink(missing_ok=True)
         return code, out.strip() if code == 0 else lines[-1], lines
     return run
 
 
-def refused(answer, *parts):
+def refused(answer, *texts):
     code, line, _ = answer
     assert code == 2 and line.startswith("sample.py: "), answer
-    for part in parts:
-        assert part in line, line
+    for text in texts:
+        assert text in line, line
 
 
-# --- what is no media ------------------------------------------------------------------------------------------------
+# --- no media --------------------------------------------------------------------------------------------------------
 
-NO_MEDIA = {"empty": b"", "text": "bin blue at f two now\n".encode() * 50, "noise": np.random.default_rng(0).bytes(50_000), "zeros": bytes(10_000),
-            "html": b"<!doctype html><html><body>404 Not Found</body></html>", "zip": b"PK\x03\x04" + bytes(300), "head": b"\0\0\0\x20ftypisom",
+NO_MEDIA = {"empty": b"", "text": "bin blue at f two now\n".encode() * 50, "zeros": bytes(10_000),
+            "noise": np.random.default_rng(0).bytes(50_000), "head": b"\0\0\0\x20ftypisom",
+            "html": b"<!doctype html><html><body>404 Not Found</body></html>", "zip": b"PK\x03\x04" + bytes(300),
             "playlist": b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n",
             "list": b"ffconcat version 1.0\nfile '/etc/hostname'\n"}
 
@@ -102,20 +106,22 @@ def test_unreadable_file(ask, good, tmp_path):
     refused(ask(tmp_path / "locked.mp4"), "locked.mp4: ", "Permission denied")
 
 
-# --- what is not all there -------------------------------------------------------------------------------------------
+# --- incomplete files ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ("clip.mp4", "end.mp4", "clip.mpg", "clip.wav"))
 @pytest.mark.parametrize("place", range(20))
 def test_truncated(ask, good, tmp_path, name, place):
-    """What is left is read as far as it goes, or refused with ffmpeg's reason or for its length."""
+    """The beginning of a file is read as far as it goes, or refused with ffmpeg's reason or as too short."""
     whole = (good / name).read_bytes()
-    part = tmp_path / f"part {name}"
-    part.write_bytes(whole[:len(whole) * place // 20])
-    answer = ask(part)
+    beginning = tmp_path / f"beginning of {name}"
+    beginning.write_bytes(whole[:len(whole) * place // 20])
+    answer = ask(beginning)
     if answer[0]:
-        refused(answer, str(part))
-        assert any(reason in answer[1] for reason in ("ffmpeg says: ", "too short for a word", "no picture in it", "of unknown size")), answer
-    assert place < (20 if name == "end.mp4" else 3) or answer[0] == (2 if name == "end.mp4" else 0), answer  # end.mp4 lacks its index
+        refused(answer, str(beginning))
+        reasons = "ffmpeg says: ", "too short for a word", "no picture in it", "of unknown size"
+        assert any(reason in answer[1] for reason in reasons), answer
+    # The index of end.mp4 is at its end.
+    assert place < (20 if name == "end.mp4" else 3) or answer[0] == (2 if name == "end.mp4" else 0), answer
 
 
 def test_other_extension(ask, good, tmp_path):
@@ -143,9 +149,10 @@ def test_streams_without_content(ask, good, tmp_path):
 
 def test_cover_is_no_video(ask, good, tmp_path):
     ffmpeg("-i", good / "clip.mp4", "-frames:v", 1, tmp_path / "cover.png")
-    ffmpeg("-i", good / "clip.wav", "-i", tmp_path / "cover.png", "-map", 0, "-map", 1, "-c:v", "copy", "-id3v2_version", 3, tmp_path / "song.mp3")
+    ffmpeg("-i", good / "clip.wav", "-i", tmp_path / "cover.png", "-map", 0, "-map", 1, "-c:v", "copy",
+           "-id3v2_version", 3, tmp_path / "song.mp3")
     code, text, lines = ask(tmp_path / "song.mp3")
-    assert code == 0 and not lines and data.read_clip(tmp_path / "song.mp3").streams == ("audio",)
+    assert code == 0 and not lines and read_clip(tmp_path / "song.mp3").streams == ("audio",)
 
 
 # --- sound -----------------------------------------------------------------------------------------------------------
@@ -162,13 +169,15 @@ def test_sound_that_is_no_sound(ask, good, tmp_path):
 def test_clipped_sound_is_read(ask, good, tmp_path):
     wave = soundfile.read(good / "clip.wav")[0]
     soundfile.write(tmp_path / "clipped.wav", np.clip(50 * wave, -1, 1), 16000)
-    assert ask(tmp_path / "clipped.wav")[0] == 0 and np.abs(data.read_clip(tmp_path / "clipped.wav").wave).max() > .9
+    assert ask(tmp_path / "clipped.wav")[0] == 0
+    assert np.abs(read_clip(tmp_path / "clipped.wav").wave).max() > .9
 
 
 def test_silent_sound(ask, good, tmp_path):
     ffmpeg("-f", "lavfi", "-i", "anullsrc=r=48000:d=3", tmp_path / "silent.wav")
     refused(ask(tmp_path / "silent.wav"), "silent")
-    ffmpeg("-i", good / "clip.mp4", "-i", tmp_path / "silent.wav", "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-shortest", tmp_path / "mute.mp4")
+    ffmpeg("-i", good / "clip.mp4", "-i", tmp_path / "silent.wav", "-map", "0:v", "-map", "1:a", "-c:v", "copy",
+           "-shortest", tmp_path / "mute.mp4")
     code, text, _ = ask(tmp_path / "mute.mp4")
     assert code == 0 and text == ask(good / "clip.mp4", "--task", "vsr")[1]  # its lips are read
     refused(ask(tmp_path / "mute.mp4", "--task", "asr"), "silent")
@@ -185,12 +194,14 @@ def test_streams_that_a_task_lacks(ask, good, tmp_path):
 def wav_header(rate=16000, channels=1, bits=16, declared=None, content=b""):
     declared = len(content) if declared is None else declared
     step = channels * bits // 8
-    return (b"RIFF" + struct.pack("<I", min(36 + declared, 2 ** 32 - 1)) + b"WAVEfmt "
-            + struct.pack("<IHHIIHH", 16, 1, channels, rate, min(rate * step, 2 ** 32 - 1), step % 2 ** 16, bits) + b"data" + struct.pack("<I", declared) + content)
+    fmt = struct.pack("<IHHIIHH", 16, 1, channels, rate, min(rate * step, 2 ** 32 - 1), step % 2 ** 16, bits)
+    return (b"RIFF" + struct.pack("<I", min(36 + declared, 2 ** 32 - 1)) + b"WAVEfmt " + fmt
+            + b"data" + struct.pack("<I", declared) + content)
 
 
-@pytest.mark.parametrize("name, header", {"rate 0": {"rate": 0}, "no channels": {"channels": 0}, "9000 channels": {"channels": 9000},
-                                          "no bits": {"bits": 0}, "rate 2 ** 31": {"rate": 2 ** 31}}.items())
+@pytest.mark.parametrize("name, header", {
+    "rate 0": {"rate": 0}, "no channels": {"channels": 0}, "9000 channels": {"channels": 9000},
+    "no bits": {"bits": 0}, "rate 2 ** 31": {"rate": 2 ** 31}}.items())
 def test_impossible_headers(ask, tmp_path, name, header):
     tone = (np.sin(np.arange(32000) / 7) * 9000).astype("<i2").tobytes()
     (tmp_path / "odd.wav").write_bytes(wav_header(**header, content=tone))
@@ -200,13 +211,15 @@ def test_impossible_headers(ask, tmp_path, name, header):
 def test_header_that_promises_more(ask, tmp_path):
     tone = (np.sin(np.arange(32000) / 7) * 9000).astype("<i2").tobytes()
     (tmp_path / "streamed.wav").write_bytes(wav_header(declared=2 ** 32 - 1, content=tone))
-    assert ask(tmp_path / "streamed.wav")[0] == 0 and data.read_clip(tmp_path / "streamed.wav").duration == 2
+    assert ask(tmp_path / "streamed.wav")[0] == 0
+    assert read_clip(tmp_path / "streamed.wav").duration == 2
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 def pictures(path, width, height, frames=10, sound=False):
-    ffmpeg("-f", "lavfi", "-i", f"testsrc=size={width}x{height}:rate=25", *(("-f", "lavfi", "-i", "sine=d=1") if sound else ()), "-frames:v", frames,
+    tone = ("-f", "lavfi", "-i", "sine=d=1") if sound else ()
+    ffmpeg("-f", "lavfi", "-i", f"testsrc=size={width}x{height}:rate=25", *tone, "-frames:v", frames,
            "-c:v", "ffv1" if width < 16 else "mjpeg", "-q:v", 20, path)
     return path
 
@@ -218,7 +231,8 @@ def test_sizes(ask, tmp_path):
     assert ask(pictures(tmp_path / "odd.mkv", 97, 97))[0] == 0
     eight_k = pictures(tmp_path / "8k.mkv", 7680, 4320, 6)
     assert ask(eight_k, "--box", "3000,2000,900,900")[0] == 0
-    refused(ask(eight_k, "--box", "7000,4000,900,900"), "8k.mkv: --box 7000,4000,900,900 reaches beyond its pictures of 7680x4320")
+    refused(ask(eight_k, "--box", "7000,4000,900,900"),
+            "8k.mkv: --box 7000,4000,900,900 reaches beyond its pictures of 7680x4320")
     refused(ask(pictures(tmp_path / "16k.mkv", 15360, 8640, 1), "--box", "0,0,90,90"), "16k.mkv: ", "ffmpeg says: ")
 
 
@@ -226,7 +240,8 @@ def test_a_face_without_a_detector(ask, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mediapipe", None)
     monkeypatch.setitem(__import__("sys").modules, "mediapipe.python.solutions.face_mesh", None)
     face = pictures(tmp_path / "face.mkv", 360, 288, sound=True)
-    refused(ask(face), "picture of 360x288 needs mediapipe: pip install -r requirements-face.txt", "--box x,y,w,h", "--task asr")
+    refused(ask(face), "picture of 360x288 needs mediapipe: pip install -r requirements-face.txt", "--box x,y,w,h",
+            "--task asr")
     assert ask(face, "--task", "asr")[0] == 0 and ask(face, "--box", "130,170,96,96")[0] == 0
 
 
@@ -238,7 +253,8 @@ def test_unknown_codec(ask, good, tmp_path):
         refused(ask(tmp_path / name), name, "ffmpeg says: ")
 
 
-@pytest.mark.parametrize("box", ("", "1,2,3", "a,b,c,d", "0,0,0,0", "-1,0,96,96", "0,0,15,96", "1e3,0,96,96", "0,0,96,96,"))
+@pytest.mark.parametrize("box", (
+    "", "1,2,3", "a,b,c,d", "0,0,0,0", "-1,0,96,96", "0,0,15,96", "1e3,0,96,96", "0,0,96,96,"))
 def test_bad_boxes(ask, good, box):
     if box:
         refused(ask(good / "clip.mp4", f"--box={box}"), "--box", box)
@@ -248,8 +264,9 @@ def test_bad_boxes(ask, good, box):
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ("a b.mp4", "it's \"one\".mp4", "line\nfeed.mp4", "口を読む.mp4", "%d%03d.mp4", "-i.mp4", "http:x.mp4", "a:b,c;d.mp4", "*?[.mp4",
-                                  "$HOME`x`.mp4", "\\.mp4", "concat:a|b.mp4", b"caf\xe9.mp4"))
+@pytest.mark.parametrize("name", (
+    "a b.mp4", "it's \"one\".mp4", "line\nfeed.mp4", "口を読む.mp4", "%d%03d.mp4", "-i.mp4", "http:x.mp4",
+    "a:b,c;d.mp4", "*?[.mp4", "$HOME`x`.mp4", "\\.mp4", "concat:a|b.mp4", b"caf\xe9.mp4"))
 def test_names(ask, good, tmp_path, name):
     path = os.path.join(os.fsencode(tmp_path), name) if isinstance(name, bytes) else str(tmp_path / name)
     with open(path, "wb") as file:
@@ -261,7 +278,7 @@ def test_names(ask, good, tmp_path, name):
     refused(ask(os.fsdecode(path)), "not readable as media")
 
 
-# --- what cannot be written ------------------------------------------------------------------------------------------
+# --- files that cannot be written ------------------------------------------------------------------------------------
 
 def test_files_that_cannot_be_written(trained, good, tmp_path, capsys):
     for flag in ("--srt", "--show-crop"):
@@ -274,43 +291,47 @@ def test_files_that_cannot_be_written(trained, good, tmp_path, capsys):
 
 # --- transcripts -----------------------------------------------------------------------------------------------------
 
-TRANSCRIPTS = {"empty": (b"", "no words in its transcript"), "spaces": (b" \n\n", "no words in its transcript"),
-               "no letters": (b"... !?\n", "no words in its transcript"), "latin": ("caf\xe9 noir".encode("latin-1"), "not UTF-8"),
-               "utf-16": ("bin blue".encode("utf-16"), "not UTF-8"), "binary": (bytes(range(256)), "not UTF-8"),
-               "1 MB": (b"bin blue at f two now " * 50_000, "letters for"), "one word of 1 MB": (b"a" * 1_000_000, "letters for"),
-               "none": (None, "no transcript"), "nul": (b"\0\0\0\0", "no words in its transcript")}
+NO_WORDS, NOT_UTF8, TOO_LONG = "no words in its transcript", "not UTF-8", "letters for"
+TRANSCRIPTS = {
+    "empty": (b"", NO_WORDS), "spaces": (b" \n\n", NO_WORDS), "no letters": (b"... !?\n", NO_WORDS),
+    "latin": ("caf\xe9 noir".encode("latin-1"), NOT_UTF8), "utf-16": ("bin blue".encode("utf-16"), NOT_UTF8),
+    "binary": (bytes(range(256)), NOT_UTF8), "1 MB": (b"bin blue at f two now " * 50_000, TOO_LONG),
+    "one word of 1 MB": (b"a" * 1_000_000, TOO_LONG), "none": (None, "no transcript"), "nul": (b"\0\0\0\0", NO_WORDS)}
 
 
 @pytest.mark.parametrize("kind", TRANSCRIPTS)
 def test_bad_transcripts(good, tmp_path, capsys, kind):
     text, reason = TRANSCRIPTS[kind]
-    for name, said in (("good", b"bin blue at f two now"), ("bad", text)):
+    for name, content in (("good", b"bin blue at f two now"), ("bad", text)):
         (tmp_path / f"{name}.mp4").write_bytes((good / "clip.mp4").read_bytes())
-        if said is not None:
-            (tmp_path / f"{name}.txt").write_bytes(said)
-    assert data.main(["check", str(tmp_path)]) == 1
+        if content is not None:
+            (tmp_path / f"{name}.txt").write_bytes(content)
+    assert clips.main(["check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     line, = [line for line in out.splitlines() if line.startswith("bad: ")]
-    assert "bad." in line and reason in line and len(line) < 400 and "1 clips can be used" in out and "1 cannot" in out
+    assert "bad." in line and reason in line and len(line) < 400
+    assert "1 clips can be used" in out and "1 cannot" in out
 
 
-@pytest.mark.parametrize("text", (b"\xef\xbb\xbfBin blue at F two now\r\n", b"Text:  BIN BLUE AT F TWO NOW\nConf:  5\n", b"bin blue, at f two now!\nand a second line\n"))
+@pytest.mark.parametrize("text", (
+    b"\xef\xbb\xbfBin blue at F two now\r\n", b"Text:  BIN BLUE AT F TWO NOW\nConf:  5\n",
+    b"bin blue, at f two now!\nand a second line\n"))
 def test_good_transcripts(good, tmp_path, text):
-    from folders import Entry, read
     (tmp_path / "a.mp4").write_bytes((good / "clip.mp4").read_bytes())
     (tmp_path / "a.txt").write_bytes(text)
-    assert read(Entry(tmp_path / "a.mp4", "")).text == "bin blue at f two now"
+    assert read_entry(Entry(tmp_path / "a.mp4", "")).text == "bin blue at f two now"
 
 
-@pytest.mark.parametrize("content, reason", {b"": "no column 'path'", b"path;text\na.mp4;bin\n": "no column 'path'", b"path\na.mp4\n": "no column 'text'",
-                                             b"path,text\n": "no clips", b"path,text\nmissing.mp4,bin blue\n": "missing.mp4: no such file",
-                                             b"path,text\n,bin blue\n": "not a file", b"path,text\ngood.mp4\n": "no words in its transcript",
-                                             b"path,text\ngood.mp4,caf\xe9\n": "not a table in UTF-8", b"path,text\n\"good.mp4": "no words",
-                                             b"path,text\n\0,a\n": "\\x00"}.items())
+@pytest.mark.parametrize("content, reason", {
+    b"": "no column 'path'", b"path;text\na.mp4;bin\n": "no column 'path'", b"path\na.mp4\n": "no column 'text'",
+    b"path,text\n": "no clips", b"path,text\nmissing.mp4,bin blue\n": "missing.mp4: no such file",
+    b"path,text\n,bin blue\n": "not a file", b"path,text\ngood.mp4\n": "no words in its transcript",
+    b"path,text\ngood.mp4,caf\xe9\n": "not a table in UTF-8", b"path,text\n\"good.mp4": "no words",
+    b"path,text\n\0,a\n": "\\x00"}.items())
 def test_bad_manifests(good, tmp_path, capsys, content, reason):
     (tmp_path / "good.mp4").write_bytes((good / "clip.mp4").read_bytes())
     (tmp_path / "manifest.csv").write_bytes(content)
-    code = data.main(["check", str(tmp_path)])
+    code = clips.main(["check", str(tmp_path)])
     out, err = capsys.readouterr()
     lines = [line for line in (out + err).splitlines() if reason in line]
     assert code in (1, 2) and len(lines) == 1 and "Traceback" not in out + err

@@ -36,7 +36,7 @@ TINY = "--clips 12 --valid-clips 6 --test-clips 4 --audio-steps 1 --video-steps 
 # --- flags ---
 
 def parse_args(argv):
-    return parse_options(train.TrainConfig, argv, train.__doc__, "", train.PRESETS, train.check)
+    return parse_options(train.TrainConfig, argv, train.__doc__, "", train.PRESETS, train.check_config)
 
 
 @pytest.mark.parametrize("text, pairs", [("2,4,8", [(2, 2), (4, 4), (8, 8)]), ("4:2,16:5", [(4, 2), (16, 5)]), ("3", [(3, 3)]),
