@@ -98,7 +98,7 @@ def task_rates(task, pairs):
 # --- sound and noise --------------------------------------------------------------------------------------
 
 def with_log_power(clip, n_mels=80, keep_wave=True):
-    """The clip with `log_power` computed from its wave. keep_wave=False drops the wave and halves the memory."""
+    """The clip with `log_power` computed from its wave. keep_wave=False drops the wave to save memory."""
     if clip.wave is None:
         return clip
     power = mel_power(torch.from_numpy(clip.wave), n_mels)
@@ -120,7 +120,7 @@ def add_babble(wave, voices, snr_db, rng):
 
 
 def in_babble(clip, snr_db, voices, n_voices=4):
-    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. snr_db None: no noise."""
+    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. None is no noise."""
     if snr_db is None or clip.log_power is None:
         return clip
     rng = random.Random(f"{clip.name} {snr_db}")
@@ -175,7 +175,7 @@ def augmented_frames(frames, rng):
 
 
 def batch(clips, streams, rng=None, voices=()):
-    """Clips -> {stream: (x, lengths (B,))}, zero-padded: audio (B, M, frames), video (B, 1, T, H, W) in 0 to 1.
+    """Clips -> {stream: (x, lengths (B,))}, zero-padded: audio (B, M, frames), video (B, 1, T, H, W), 0 to 1.
 
     With a random.Random `rng` the clips are augmented, with babble of the clips `voices`. Real clips also
     change their pace."""
@@ -214,7 +214,7 @@ def epoch_order(n_clips, seed, epoch):
 
 
 def drawn_clips(clips, size, seed, step):
-    """The `size` clips of one step, a function of (seed, step). Steps in a row use each clip once an epoch."""
+    """The `size` clips of one step, a function of (seed, step). Each clip comes once in an epoch."""
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, position = divmod(place, len(clips))
@@ -234,7 +234,7 @@ def normalize(text):
 
 
 def make_tokenizer(words):
-    """A tiktoken Encoding: 256 bytes (id = byte), then each word with its leading space, then SPECIAL_TOKENS."""
+    """A tiktoken Encoding: 256 bytes (id = byte), each word with its leading space, then SPECIAL_TOKENS."""
     tokens = [bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words]
     return tiktoken.Encoding(
         "mome",

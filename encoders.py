@@ -6,7 +6,7 @@ stand-ins that toy/pretrain.py trains. Other sizes give the layouts of the paper
     AudioEncoder  Whisper (openai/whisper): log-mel -> Conv1d -> Conv1d of stride 2 -> blocks
     VideoEncoder  AV-HuBERT (facebookresearch/av_hubert), lips only: Conv3d stem -> ResNet -> blocks
 
-Axes: B batch, T time in tokens or frames, D width, M mel bands, H W rows and columns of a picture, C channels.
+Axes: B batch, T time (tokens or frames), D width, M mel bands, H W rows and columns of a picture, C channels.
 """
 import math
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 SAMPLE_RATE = 16_000                          # Hz
-HOP_LENGTH = 160                                                              # samples between two log-mel frames: 100 frames a second
+HOP_LENGTH = 160                              # samples between two log-mel frames: 100 frames a second
 N_FFT = 400                                   # samples in one STFT window: 25 ms
 FPS = 25                                      # video frames a second
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS                                        # 640: one video frame lasts 4 log-mel frames or 2 audio tokens
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS        # 640: one video frame lasts 4 log-mel frames or 2 audio tokens
 MELS_PER_AUDIO_TOKEN = 2                      # the stride of the audio encoder's second convolution
 
 
@@ -31,7 +31,7 @@ class AudioConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
-    pos_kernel: int = 31                                                      # kernel of a positional convolution, 0 for none. Whisper has none; not in the paper
+    pos_kernel: int = 31    # of a positional convolution, 0: none, as in Whisper; ours is not in the paper
     pos_groups: int = 0     # groups of that convolution, 0 for one group per channel
     max_tokens: int = 1500  # 30 s
     padded: bool = False    # pad every clip with silence to 30 s, as Whisper was trained
@@ -40,8 +40,8 @@ class AudioConfig:
 @dataclass(frozen=True)
 class VideoConfig:
     """Sizes of the video encoder. The defaults are the tiny stand-in."""
-    size: int = 32                                                            # pixels: height and width of the centre crop that is encoded
-    picture: int = 32                                                         # pixels: height and width of the mouth picture before the crop
+    size: int = 32                            # pixels: height and width of the centre crop that is encoded
+    picture: int = 32                         # pixels: height and width of the mouth picture before the crop
     stem_channels: int = 8
     stem_kernel: int = 5                      # pixels; the kernel is always 5 frames deep
     channels: tuple[int, ...] = (16, 32, 64)  # of the ResNet's stages; each stage but the first halves the picture
@@ -67,7 +67,7 @@ def mel_filters(n_mels):
 
     Bands are linear below 1 kHz and logarithmic above. Each triangle has unit area."""
     knee = 1000.0                                         # Hz
-    step, log_step = 200 / 3, math.log(6.4) / 27                              # Hz per mel below the knee, log Hz per mel above it
+    step, log_step = 200 / 3, math.log(6.4) / 27  # Hz per mel below the knee, log Hz per mel above it
 
     def to_hz(mel):
         above = knee * torch.exp(log_step * (mel - knee / step))
@@ -85,7 +85,7 @@ def mel_filters(n_mels):
 
 
 def mel_power(wave, n_mels=80):
-    """wave (..., samples) at 16 kHz -> power in each mel band (..., n_mels, samples // 160), 100 frames a second.
+    """wave (..., samples) at 16 kHz -> power in mel bands (..., n_mels, samples // 160), 100 frames a second.
 
     The STFT is centred and reflect-padded, and its last frame is dropped, as in Whisper. Powers of unrelated
     sounds add up. data.noisy_power uses that to mix noise in."""
@@ -108,7 +108,7 @@ def compress(power):
 
 
 def log_mel(wave, n_mels=80):
-    """wave (..., samples) at 16 kHz, -1 to 1 -> log-mel (..., n_mels, frames), as openai/whisper computes it."""
+    """wave (..., samples) at 16 kHz, -1 to 1 -> log-mel (..., n_mels, frames), as in openai/whisper."""
     return compress(mel_power(wave, n_mels))
 
 
@@ -120,7 +120,7 @@ def valid_mask(lengths, total):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and a GELU feed-forward. Whisper's keys have no bias: it would cancel in the softmax."""
+    """Pre-norm attention and a GELU feed-forward. Whisper's keys have no bias: it cancels in the softmax."""
 
     def __init__(self, dim, n_heads, key_bias):
         super().__init__()
@@ -173,7 +173,8 @@ class AudioEncoder(nn.Module):
         angles = torch.arange(config.max_tokens)[:, None] * inv_freq
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=1))
         self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups) if config.pos_kernel else None
-        self.blocks = nn.ModuleList(Block(dim, config.n_heads, key_bias=False) for _ in range(config.n_layers))
+        blocks = [Block(dim, config.n_heads, key_bias=False) for _ in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, mel, lengths=None):
@@ -199,7 +200,7 @@ class AudioEncoder(nn.Module):
         return self.norm(x)[:, :n_tokens]
 
     def with_silence(self, mel, lengths):
-        """mel (B, M, frames), lengths (B,) -> mel (B, M, 2 * max_tokens), lengths: 30 s with silence at the end.
+        """mel (B, M, frames), lengths (B,) -> mel (B, M, 2 * max_tokens), lengths: silence fills up the 30 s.
 
         `compress` turns silence into 2 below the clip's largest value."""
         room = MELS_PER_AUDIO_TOKEN * self.config.max_tokens - mel.shape[-1]
@@ -211,7 +212,7 @@ class AudioEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, padded=False):
-        """The encoder of an HF Whisper in `folder`. Raises real.files.WeightsError if the folder does not fit."""
+        """The encoder of an HF Whisper in `folder`. Raises real.files.WeightsError."""
         from real.weights import load_whisper
         return load_whisper(cls, folder, dtype, padded)
 
@@ -247,7 +248,7 @@ class ResidualBlock(nn.Module):
 
 
 class VideoEncoder(nn.Module):
-    """Grey mouths (B, 1, T, H, W), pixels 0 to 1 -> (B, T, D) at 25 tokens a second, in AV-HuBERT's layout."""
+    """Grey mouths (B, 1, T, H, W) in 0 to 1 -> (B, T, D) at 25 tokens a second, in AV-HuBERT's layout."""
     Config = VideoConfig
 
     def __init__(self, config: VideoConfig = VideoConfig()):
@@ -256,18 +257,19 @@ class VideoEncoder(nn.Module):
         self.stem = nn.Conv3d(1, stem, (5, k, k), stride=(1, 2, 2), padding=(2, k // 2, k // 2), bias=False)
         self.stem_norm = nn.BatchNorm2d(stem)
         self.stem_relu = nn.PReLU(stem)
-        blocks, c_in = [], stem
+        resnet, c_in = [], stem
         for stage, c_out in enumerate(config.channels):
             for block in range(config.blocks_per_stage):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(ResidualBlock(c_in, c_out, stride))
+                resnet.append(ResidualBlock(c_in, c_out, stride))
                 c_in = c_out
-        self.resnet = nn.Sequential(*blocks)
+        self.resnet = nn.Sequential(*resnet)
         self.proj = nn.Linear(c_in, dim)
         self.fuse_norm = nn.LayerNorm(2 * dim)
         self.fuse = nn.Linear(2 * dim, dim)
         self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups)
-        self.blocks = nn.ModuleList(Block(dim, config.n_heads, key_bias=True) for _ in range(config.n_layers))
+        blocks = [Block(dim, config.n_heads, key_bias=True) for _ in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, video, lengths=None):
@@ -297,7 +299,7 @@ class VideoEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32):
-        """The encoder of an AV-HuBERT file (Base or Large, also fine-tuned). Raises real.files.WeightsError."""
+        """The encoder of an AV-HuBERT file (Base or Large, or fine-tuned). Raises WeightsError."""
         from real.weights import load_avhubert
         return load_avhubert(cls, path, dtype)
 

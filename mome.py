@@ -56,7 +56,7 @@ class LlamaConfig:
         if min(self.n_routed, self.n_shared) < 0 or self.bottleneck < 1:
             raise ValueError("n_routed and n_shared must be 0 or more, bottleneck 1 or more")
         if self.n_routed and not 1 <= self.top_k <= self.n_routed:
-            raise ValueError(f"top_k {self.top_k}: expected 1 to {self.n_routed}, the number of routed experts")
+            raise ValueError(f"top_k {self.top_k}: expected 1 to n_routed, {self.n_routed}")
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ class MoME(nn.Module):
 
     @property
     def balance_loss(self):
-        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. Padding does not count.
-
+        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. Padding is not counted.
         f_e: share of all choices that went to expert e. P_e: mean probability of expert e."""
         if self.routed is None:
             return self.down.new_zeros(())
@@ -176,7 +175,7 @@ class MoME(nn.Module):
         But every token is copied A times. F.grouped_mm wants rows of whole 16 bytes: zeros fill them up."""
         (E, R, D), A = down.shape, experts.shape[1]
         if D * x.element_size() % 16:
-            raise ValueError(f"path 'grouped': rows of {D} numbers are not whole 16 bytes; use 'wide' or 'loop'")
+            raise ValueError(f"path 'grouped': a row of {D} numbers is not whole 16 bytes; use 'wide'")
         expert, order = experts.flatten().sort()                          # (N * A,)
         token = order // A
         numbers = torch.arange(E, device=x.device)
@@ -192,8 +191,8 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` if it saves more than 64 products per copied number, else `wide`, as for the paper's sizes.
-        The 64 was measured on a CPU (extras/bench.py --plot)."""
+        """`grouped` if it saves over 64 products per copied number (measured on a CPU, extras/bench.py --plot),
+        else `wide`, as for the paper's sizes."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
         faster = (E - A) * R > 64 * A and len(x) > 16
@@ -203,7 +202,7 @@ class MoME(nn.Module):
 # --- a Llama ----------------------------------------------------------------------------------------------
 
 def rope_tables(positions, inv_freq):
-    """cos and sin of the rotary angles: positions (..., T), inv_freq (D/H/2,) -> two tensors (..., T, D/H)."""
+    """cos and sin of the rotary angles: positions (..., T), inv_freq (D/H/2,) -> both (..., T, D/H)."""
     angles = positions[..., None].float() * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -396,13 +395,13 @@ class Projector(nn.Sequential):
 # --- the whole model --------------------------------------------------------------------------------------
 
 class AVSR(nn.Module):
-    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. The rest is trained: projectors, MoME,
-    and the markers (not in the paper) around each stream. The Llama reads this, without unused streams:
+    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME and the
+    markers (not in the paper) around each stream. The Llama reads this, without the streams that are not used:
 
         <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
 
-    `features` is {stream: (x, lengths)} with log-mels (B, M, frames) for "audio" and mouths (B, 1, T, H, W) for
-    "video". `rates` is {stream: rate} and names the streams that are used."""
+    features: {stream: (x, lengths)}, log-mels (B, M, frames) for "audio", mouths (B, 1, T, H, W) for "video".
+    rates: {stream: rate}; it names the streams that are used."""
 
     def __init__(self, config: AVSRConfig, llm=None, audio=None, video=None):
         """Pretrained modules may be passed in (llm, audio, video). The others are built from `config`."""

@@ -4,9 +4,9 @@
     python sample.py clip.mp4 --rate 8 --json     your own clip, with fewer tokens for the LLM to read
     python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
-Prints a line of text for each clip on stdout, and a line on stderr for a clip that cannot be read. Exit code: 0;
-1 if some clips failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the
-training clips is cut at pauses, and the texts of the pieces are joined.
+Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. Exit code: 0; 1 if some clips
+failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the training clips is
+cut at pauses, and the texts of the pieces are joined.
 
 Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """
@@ -50,7 +50,7 @@ class KVCache:
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths, self.beam = lengths.repeat_interleave(beam), beam     # of the prefixes
         self.is_ragged = bool((lengths != lengths[0]).any())
-        self.filled = self.prefix = 0                                       # slots in use, of them by prefixes
+        self.filled = self.prefix = 0               # slots in use, and how many of them prefixes use
 
     def writer(self, layer):
         """The function that one layer calls with new k and v (B or B * W, kv heads, T, D/H)."""
@@ -73,7 +73,7 @@ class KVCache:
         return valid[:, None, None]
 
     def reorder(self, rows):
-        """Beam i goes on from the generated tokens of beam rows[i]. The beams of one clip share their prefix."""
+        """Beam i goes on from the generated tokens of beam rows[i]. Beams of one clip share their prefix."""
         generated = slice(self.prefix, self.filled)
         for store in (self.k, self.v):
             store[:, :, :, generated] = store[:, rows, :, generated]
@@ -83,15 +83,16 @@ class KVCache:
 def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     """Continue `prefixes` (B tensors (T_b, D)) -> B pairs (token ids, mean log-probability per token).
 
-    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. A hypothesis that has ended
-    waits and adds 0 to its score. The best has the highest mean log-probability (not in the paper)."""
-    B, W, V, device = len(prefixes), beam, llm.config.vocab_size, prefixes[0].device
+    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. A hypothesis that has
+    ended waits and adds 0 to its score. The highest mean log-probability wins (not in the paper)."""
+    B, W, V = len(prefixes), beam, llm.config.vocab_size
+    device = prefixes[0].device
     clip = torch.arange(B, device=device)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
     x = pad_sequence(prefixes, batch_first=True)
     cache = KVCache(llm.config, lengths, x.shape[1] + max_tokens, x, W)
-    last = llm.hidden_states(x, valid_mask(lengths, x.shape[1]), cache=cache)[clip, lengths - 1]     # (B, D)
-    last = last.repeat_interleave(W, 0)                                                              # (B * W, D)
+    hidden = llm.hidden_states(x, valid_mask(lengths, x.shape[1]), cache=cache)
+    last = hidden[clip, lengths - 1].repeat_interleave(W, 0)                 # (B * W, D)
     scores = torch.full((B, W), -torch.inf, device=device)
     scores[:, 0] = 0                                     # at first all beams of a clip are the same
     tokens = torch.zeros(B * W, 0, dtype=torch.long, device=device)
@@ -102,7 +103,7 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
         logp = llm.logits(last).float().log_softmax(-1)
         logp = torch.where(done[:, None], wait, logp).view(B, W, V)
         scores, best = (scores[..., None] + logp).flatten(1).topk(W)         # (B, W) of W * V continuations
-        parents = (clip[:, None] * W + best // V).flatten()                  # the beam that each one continues
+        parents = (clip[:, None] * W + best // V).flatten()                  # the beam that is continued
         chosen = (best % V).flatten()                                        # and its new token
         tokens = torch.cat([tokens[parents], chosen[:, None]], 1)
         done = done[parents] | (chosen == eos)
@@ -111,16 +112,20 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
         if W > 1:
             cache.reorder(parents)
         positions = (cache.lengths + step)[:, None, None]                    # (B * W, 1, 1)
-        last = llm.hidden_states(llm.embed_tokens(chosen[:, None]), positions=positions, cache=cache)[:, 0]
+        x = llm.embed_tokens(chosen[:, None])                                # (B * W, 1, D)
+        last = llm.hidden_states(x, positions=positions, cache=cache)[:, 0]
     n_tokens = (tokens != eos).sum(-1).view(B, W)
     means = scores / (n_tokens + done.view(B, W)).clamp(min=1)
     tokens = tokens.view(B, W, -1)
-    winners = means.argmax(-1).tolist()
-    return [(tokens[b, w, :n_tokens[b, w]].tolist(), means[b, w].item()) for b, w in enumerate(winners)]
+    answers = []
+    for b, w in enumerate(means.argmax(-1).tolist()):
+        ids = tokens[b, w, :n_tokens[b, w]].tolist()
+        answers.append((ids, means[b, w].item()))
+    return answers
 
 
 def decode(model, encoded, rates, beam=1):
-    """Encoded clips -> for each (token ids, mean log-probability, rates, number of prefix tokens that were read)."""
+    """Encoded clips -> for each (token ids, mean log-probability, rates, number of prefix tokens)."""
     prefixes = model.prefix(encoded, rates)
     hypotheses = generate(model.llm, prefixes, model.config.eos, beam, model.config.max_tokens)
     return [(*hypothesis, rates, len(prefix)) for hypothesis, prefix in zip(hypotheses, prefixes)]
@@ -151,7 +156,7 @@ def decoder_at(rate, task, config):
 
 @lru_cache(maxsize=1)
 def load(ckpt, verify=False, **paths):
-    """A checkpoint folder, and where its real parts (llm, audio, video) are now -> model, config, tokenizer."""
+    """A checkpoint folder, and the paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = {part: path for part, path in paths.items() if path}
     model, config = load_model(ckpt, paths, verify, device)
@@ -172,18 +177,20 @@ def choose_task(clip, model, task=None):
 
 @torch.no_grad()
 def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **parts):
-    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (read by the LLM
-    before the first word), duration (s), seconds (spent), logprob (mean per output token) and segments.
+    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (read by the
+    LLM before the first word), duration (s), seconds (spent), logprob (mean per output token) and segments.
 
-    A segment has start, end, text and the like for one piece; `on_segment` is called with each. `rate`: see
-    decoder_at. `box`: see real/mouth.py. `parts`: see load. Raises ClipError for a clip that cannot be read,
+    A segment has start, end, text and the like for one piece; `on_segment` is called with each. rate: see
+    decoder_at. box: see real/mouth.py. parts: see load. Raises ClipError for a clip that cannot be read,
     ValueError for a bad rate, CheckpointError or WeightsError for a bad checkpoint."""
     model, config, tokenizer = load(str(ckpt), **parts)
-    began, segments, logprobs = time.perf_counter(), [], []
+    began = time.perf_counter()
+    segments, logprobs = [], []
     source = media.probe(path)
     streams = TASKS[task] if task else tuple(model.encoders)
     longest = min(media.MAX_SECONDS, 1.1 * config.get("longest", media.MAX_SECONDS) + 0.5)
-    pieces = read_pieces(source, longest, streams=streams, box=box, **reading(model.config.audio, model.config.video))
+    sizes = reading(model.config.audio, model.config.video)
+    pieces = read_pieces(source, longest, streams=streams, box=box, **sizes)
     with tqdm(total=round(source.seconds), desc="transcribing", unit=" s", leave=False, delay=2) as progress:
         while group := list(islice(pieces, PIECES)):
             starts, clips = zip(*group)
@@ -192,10 +199,13 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
             answers = decoder_at(rate, task, config)(model, encoded, beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
                 segments.append({
-                    "start": round(start, 2), "end": round(start + clip.duration, 2),
+                    "start": round(start, 2),
+                    "end": round(start + clip.duration, 2),
                     "text": data.normalize(tokenizer.decode(ids)),
-                    "audio_rate": rates.get("audio"), "video_rate": rates.get("video"),
-                    "tokens": n_tokens, "logprob": round(logprob, 4)})
+                    "audio_rate": rates.get("audio"),
+                    "video_rate": rates.get("video"),
+                    "tokens": n_tokens,
+                    "logprob": round(logprob, 4)})
                 logprobs += [logprob] * (len(ids) + 1)
                 if on_segment:
                     on_segment(segments[-1])
@@ -205,11 +215,17 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
         values = {segment[key] for segment in segments}
         return values.pop() if len(values) == 1 else "auto"
 
-    return {"clip": str(path), "text": " ".join(s["text"] for s in segments if s["text"]), "task": task,
-            "audio_rate": common("audio_rate"), "video_rate": common("video_rate"),
-            "tokens": sum(segment["tokens"] for segment in segments), "duration": segments[-1]["end"],
-            "seconds": round(time.perf_counter() - began, 3),
-            "logprob": round(sum(logprobs) / len(logprobs), 4), "segments": segments}
+    return {
+        "clip": str(path),
+        "text": " ".join(segment["text"] for segment in segments if segment["text"]),
+        "task": task,
+        "audio_rate": common("audio_rate"),
+        "video_rate": common("video_rate"),
+        "tokens": sum(segment["tokens"] for segment in segments),
+        "duration": segments[-1]["end"],
+        "seconds": round(time.perf_counter() - began, 3),
+        "logprob": round(sum(logprobs) / len(logprobs), 4),
+        "segments": segments}
 
 
 # --- measure many clips -----------------------------------------------------------------------------------
@@ -217,8 +233,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
 def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     """Decode all clips, clean and in babble -> {(plan key, snr): [(reference, hypothesis, logprob, tokens)]}.
 
-    plan: {key: (task, decoder)}, see decoder_at. Sound is encoded once per noise and lips once, for all tasks and
-    rates. Lips hear no noise, so vsr is decoded clean only. Clips come in the same order under every key."""
+    plan: {key: (task, decoder)}, see decoder_at. Sound is encoded once per noise and lips once, for all tasks
+    and rates. Lips hear no noise, so vsr is decoded clean only. The order of clips is the same in all lists."""
     voices = [clip for clip in clips if "audio" in clip.streams]
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     used = data.task_streams(task for task, _ in plan.values())
@@ -251,7 +267,7 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
 
 
 def fixed_plan(tasks, pairs):
-    """The plan that decodes every task at each of its rates: {(task, audio rate, video rate): (task, decoder)}."""
+    """The plan for every task at each of its rates: {(task, audio rate, video rate): (task, decoder)}."""
     return {(task, rates.get("audio"), rates.get("video")): (task, partial(decode, rates=rates))
             for task in tasks for rates in task_rates(task, pairs)}
 
@@ -264,9 +280,15 @@ def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
     for ((task, audio, video), snr), answers in decode_all(model, clips, plan, snrs, tokenizer, beam).items():
         references, hypotheses, _, tokens = map(list, zip(*answers))
         rows.append({
-            "task": task, "audio_rate": audio, "video_rate": video, "snr_db": snr,
-            "wer": jiwer.wer(references, hypotheses), "words": sum(len(r.split()) for r in references),
-            "clips": len(references), "tokens": sum(tokens) / len(tokens), "split": "test"})
+            "task": task,
+            "audio_rate": audio,
+            "video_rate": video,
+            "snr_db": snr,
+            "wer": jiwer.wer(references, hypotheses),
+            "words": sum(len(reference.split()) for reference in references),
+            "clips": len(references),
+            "tokens": sum(tokens) / len(tokens),
+            "split": "test"})
     order, noises = list(plan), list(snrs)
     return sorted(rows, key=lambda row: (
         list(TASKS).index(row["task"]), noises.index(row["snr_db"]),
@@ -276,18 +298,19 @@ def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
 # --- the command line -------------------------------------------------------------------------------------
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
     add("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
-    add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; auto: coarse, "
-                       "and finer where the model is unsure; all: every trained rate (default: the finest trained)")
+    add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; auto: "
+                       "coarse, and finer where the model is unsure; all: every trained rate (default: the finest)")
     add("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
     add("--beam", type=int, default=1, help="beam width; 1 is greedy (default %(default)s)")
     add("--json", action="store_true", help="print a JSON object per line instead of the text")
     add("--srt", metavar="FILE", help="write subtitles of the clip")
-    add("--box", metavar="X,Y,W,H", help="where the mouth is in the pictures (default: small square pictures are mouths; "
-                                         "in other pictures it is searched, which needs requirements-face.txt)")
+    add("--box", metavar="X,Y,W,H", help="where the mouth is (default: small square pictures are mouths; in others "
+                                         "it is searched, which needs requirements-face.txt)")
     add("--show-crop", metavar="PNG", help="write a picture of the mouths that are read")
     for part, flag in FLAGS.items():
         add(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")

@@ -1,6 +1,6 @@
 """Train MoME on frozen encoders and a frozen LLM. Then test it at every rate and print the table.
 
-    python train.py --rates 2,4,8                                         the main job: synthetic talker, all tasks
+    python train.py --rates 2,4,8                                         the main job: a synthetic talker
     python train.py --data DIR --tasks asr --rates 4,8,16                 your own clips
     python train.py --llm DIR --audio-encoder DIR --data DIR --tasks asr  a real LLM and a real encoder
     python train.py --method lora                                         a baseline (extras/baselines.py)
@@ -10,7 +10,7 @@
     stage 2  the Llama          a small stand-in, or --llm
     stage 3  the paper          encoders and Llama frozen; projectors, markers and MoME learn from all rates
 
---cache keeps stages 1 and 2, and what real encoders make of the clips. No stage meets a test sentence or talker.
+--cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets a test sentence or talker.
 """
 import math
 import random
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, parse_rates, task_rates, task_streams, to_device
+from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, to_device
+from data import parse_rates, task_rates, task_streams
 from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
 from mome import PLACES, LlamaConfig, MoME
@@ -48,11 +49,11 @@ PRESETS = {"": {}, "paper": dict(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    rates: str = flag("2,4,8", "compression rates: '2,4,8' both streams at each; '4:2,16:5' audio:video pairs; "
-                               "'4,16x2,5' every pair")
+    rates: str = flag("2,4,8", "compression rates: '2,4,8' both streams at each; "
+                               "'4:2,16:5' audio:video pairs; '4,16x2,5' every pair")
     out: str = flag("out", "folder for the model, its metrics and samples")
     tasks: str = flag("avsr,asr,vsr", "what to train and test: audio-visual, audio-only, video-only")
-    method: str = flag("mome", "what is trained beside the projectors: MoME, LoRA or nothing", choices=METHODS)
+    method: str = flag("mome", "trained beside the projectors: MoME, LoRA or nothing", choices=METHODS)
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
     max_bad: str = flag("1%", "share of these clips that may be unusable")
     box: str = flag("", "x,y,w,h of the mouth in the pictures (default: it is searched)")
@@ -125,7 +126,7 @@ def learning_rate(step, steps, peak):
 def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, check=None):
     """Train projectors, markers and MoME on all rates at once. Encoders and Llama stay frozen.
 
-    Everything random in a step is a function of (seed, step). `check(step, loss)` runs every --valid-every."""
+    All that is random in a step is a function of (seed, step). `check(step, loss)` runs every --valid-every."""
     seed, steps = config.seed, n_steps(config, len(clips))
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
     voices = [clip for clip in clips if "audio" in clip.streams]
@@ -141,7 +142,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, che
         encoded = encode_clips(model, chosen, task, rng, voices, features)
         rate_sets = task_rates(task, pairs)
         total = 0
-        for rates in rate_sets:                             # one backward each: the memory of one set of rates
+        for rates in rate_sets:                             # one backward each: memory for one set of rates
             cross_entropy, balance = model.loss(encoded, transcripts, rates)
             loss = (cross_entropy + BALANCE_WEIGHT * balance) / len(rate_sets)
             loss.backward()
@@ -175,8 +176,8 @@ def count_parameters(model, method):
         one_expert = sum(weight[0].numel() for weight in (mome.down, mome.down_bias, mome.up, mome.up_bias))
         active -= (len(mome.down) - mome.n_active) * one_expert
     return (f"frozen: encoders {sizes['encoders']:,}, LLM {sizes['llm']:,} parameters; "
-            f"trained: {'LoRA' if method == 'lora' else 'MoME'} {sizes['adapter']:,} ({active:,} active for one "
-            f"token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
+            f"trained: {'LoRA' if method == 'lora' else 'MoME'} {sizes['adapter']:,} ({active:,} active for "
+            f"one token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
 
 
 # --- main -------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class Stopwatch(dict):
 
 
 def train(config, tasks, pairs, device, watch):
-    """Stages 1 to 3 -> the model, the dict of config.json, the test clips. Writes the checkpoint and samples."""
+    """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     out.mkdir(parents=True, exist_ok=True)
@@ -266,11 +267,13 @@ def run(config):
         "auto": [row for row in rows if row["audio_rate"] == "auto"],
         "seconds": watch, "config": asdict(config)})
     print(table(rows))
-    print("; ".join(f"{stage} {s:.0f} s" for stage, s in watch.items()) + f"; in all {sum(watch.values()):.0f} s")
+    stages = "; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in watch.items())
+    print(f"{stages}; in all {sum(watch.values()):.0f} s")
 
 
 def main(argv=None):
-    config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] [flags, see --help]", PRESETS, check_config)
+    usage = "train.py [--rates 2,4,8] [flags, see --help]"
+    config = parse_options(TrainConfig, argv, __doc__, usage, PRESETS, check_config)
     try:
         run(config)
     except (ClipError, CheckpointError, WeightsError, OSError) as error:

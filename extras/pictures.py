@@ -1,8 +1,8 @@
 """The pictures of the README, from what train.py wrote. They need matplotlib (extras/requirements.txt).
 
-    python -m extras.pictures clip out --save docs/clip.png                            a clip as the model sees it
+    python -m extras.pictures clip out --save docs/clip.png                                a clip as the model sees it
     python -m extras.pictures tokens out out-lora out-projectors --save docs/tokens.png    WER over the tokens read
-    python -m extras.pictures routing out --save docs/routing.png                      experts by layer and rate
+    python -m extras.pictures routing out --save docs/routing.png                          experts by layer and rate
 """
 import argparse
 import sys
@@ -15,230 +15,174 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import TASKS, TOKENS_PER_SECOND, batch, task_rates, to_device
 from encoders import valid_mask
-from real import media
 from real.checkpoint import reading
 from real.clips import read_clip
 from real.files import read_json, run_script, write_whole
+from real.media import SUFFIXES
 from sample import choose_task, load
+from toy.talker import talker_clip
 
-NAMES = {"mome": "MoME", "lora": "LoRA", "projectors": "projectors only", "audio": "sound", "video": "lips"}
-COLOURS = {"mome": "tab:blue", "lora": "tab:orange", "projectors": "tab:green", "audio": "#4878a8", "video": "#c8745a"}
+STYLES = {"mome": ("MoME", "tab:blue"), "lora": ("LoRA", "tab:orange"), "projectors": ("projectors only", "tab:green"),
+          "audio": ("sound", "#4878a8"), "video": ("lips", "#c8745a")}
 FLOOR = 0.1     # % WER: a logarithmic axis has no 0
 
 
-def sample_paths(folder):
-    """The media files of a checkpoint's samples, sorted. Raises FileNotFoundError."""
-    paths = [path for path in sorted(Path(folder, "samples").glob("*")) if path.suffix.lower() in media.SUFFIXES]
+def read(folder, paths=None):
+    """A checkpoint and clips, by default its samples -> model, config, clips, task, options of talker_clip."""
+    model, config, _ = load(folder)
+    options = reading(model.config.audio, model.config.video)
+    paths = paths or [path for path in sorted(Path(folder, "samples").glob("*")) if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"{folder}/samples: no clips there")
-    return paths
+    clips = [read_clip(path, streams=tuple(model.encoders), **options) for path in paths]
+    return model, config, clips, choose_task(clips[0], model)
 
 
-def rate_name(rates):
-    """{"audio": 4, "video": 2} -> '4:2'. Equal rates give one number."""
-    return ":".join(str(rate) for rate in dict.fromkeys(rates.values()))
-
-
-# --- clip -------------------------------------------------------------------------------------------------
-
-def clip_picture(args):
-    """Eight mouths evenly in time, the log-mel, and the windows that become one token at each trained rate."""
-    from matplotlib.figure import Figure
-    model, config, _ = load(str(args.folders[0]))
-    path = args.clip or sample_paths(args.folders[0])[0]
-    options = reading(model.config.audio, model.config.video)
-    clip = read_clip(path, streams=tuple(model.encoders), **options)
-    task = choose_task(clip, model)
-    features, rate_sets = batch([clip], TASKS[task]), task_rates(task, config["rates"])
-    panels = {"tokens": 0.2 * sum(len(rates) + 0.6 for rates in rate_sets)}             # heights in inches
-    panels = {"video": 1.0, "audio": 1.5} | panels
-    panels = {name: height for name, height in panels.items() if name in (*features, "tokens")}
-    height, top = sum(panels.values()) + 0.12 * len(panels) + 0.85, 0.4
-    figure = Figure((10.4, height))
-    for name, size in panels.items():
-        panel = figure.add_axes((0.9 / 10.4, 1 - (top + size) / height, 8 / 10.4, size / height))
-        panel.set(xlim=(0, clip.duration), yticks=[])
-        panel.tick_params(labelbottom=name == "tokens", bottom=name == "tokens")
-        panel.spines[:].set_visible(False)
-        panels[name], top = panel, top + size + 0.12
+def clip_picture(figure, folder, path=None):
+    """Draw eight mouths, the log-mel, and the windows that become one token at each trained rate."""
+    model, config, (clip, *_), task = read(folder, path and [path])
+    features, rate_sets, end = batch([clip], TASKS[task]), task_rates(task, config["rates"]), clip.duration
+    heights = {"video": 1.1, "audio": 1.5, "tokens": 0.25 * len(rate_sets) * (len(TASKS[task]) + 0.6)}      # inches
+    heights = {name: height for name, height in heights.items() if name in (*features, "tokens")}
+    figure.set_size_inches(10.4, sum(heights.values()) + 1.1)
+    panels = dict(zip(heights, figure.subplots(len(heights), sharex=True, height_ratios=list(heights.values()))))
     if "video" in features:
-        frames, n = features["video"][0][0, 0], model.config.video.size
-        edge, slot = (frames.shape[-1] - n) // 2, clip.duration / 8
-        frames = frames[:, edge:edge + n, edge:edge + n]
+        frames, size = features["video"][0][0, 0], model.config.video.size
+        edge = (frames.shape[-1] - size) // 2
         for i in range(8):
-            extent = (i + 0.03) * slot, (i + 0.97) * slot, 0, 1
-            picture = frames[int((i + 0.5) / 8 * len(frames))]
+            picture = frames[int((i + 0.5) / 8 * len(frames)), edge:edge + size, edge:edge + size]
+            extent = (i + 0.03) * end / 8, (i + 0.97) * end / 8, 0, 1
             panels["video"].imshow(picture, "gray", vmin=0, vmax=1, extent=extent, aspect="auto")
-        panels["video"].set(xlim=(0, clip.duration), ylabel="mouths")
     if "audio" in features:
-        mel, extent = features["audio"][0][0], (0, clip.duration, 0, 1)
-        panels["audio"].imshow(mel, "magma", origin="lower", extent=extent, aspect="auto")
-        panels["audio"].set_ylabel("log-mel")
-    y, right = 0, 1.01 * clip.duration
+        panels["audio"].imshow(features["audio"][0][0], "magma", origin="lower", extent=(0, end, 0, 1), aspect="auto")
+    y, labels, tokens = 0, {}, panels["tokens"]
     for rates in rate_sets:
-        first, total = y, 1 + len(model.config.prompt)
+        counts = []
         for stream, rate in rates.items():
-            seconds = rate / TOKENS_PER_SECOND[stream]
-            n = int(-(-model.encoders[stream].n_tokens(features[stream][1])[0] // rate))
-            starts = np.arange(n) * seconds
-            widths = np.minimum(seconds, clip.duration - starts)
-            panels["tokens"].barh(y, widths, 0.85, starts, color=COLOURS[stream], edgecolor="white", linewidth=0.8)
-            panels["tokens"].text(-0.01 * clip.duration, y, f"{NAMES[stream]} : {rate}", ha="right", va="center", size=9)
-            panels["tokens"].text(right, y, f"{n}", va="center", size=9)
-            y, total = y + 1, total + n + 2
-        panels["tokens"].text(1.05 * clip.duration, (first + y - 1) / 2, f"the LLM reads {total}", va="center", size=9)
+            seconds, n = rate / TOKENS_PER_SECOND[stream], int(model.encoders[stream].n_tokens(features[stream][1])[0])
+            starts, (name, colour) = np.arange(-(-n // rate)) * seconds, STYLES[stream]
+            tokens.barh(y, np.minimum(seconds, end - starts), 0.85, starts, color=colour, edgecolor="white")
+            counts, labels[y], y = [*counts, len(starts)], f"{name}, rate {rate}", y + 1
+        counts.append(1 + 2 * len(rates) + len(model.config.prompt))
+        text = f"{' + '.join(map(str, counts))} = {sum(counts)}"
+        tokens.text(1.01 * end, y - len(rates) / 2 - 0.5, text, va="center")
         y += 0.6
-    panels["tokens"].text(right, -1.1, "tokens", va="center", size=9)
-    panels["tokens"].set(ylim=(y - 1, -0.6), xlabel="seconds")
-    text = Path(path).with_suffix(".txt")
-    title = f"“{text.read_text('utf-8').strip()}”" if text.is_file() else Path(path).name
-    figure.text(4.9 / 10.4, 1 - 0.2 / height, title, ha="center", va="center", size=12)
-    return figure
+    for name, panel in panels.items():
+        panel.set(xlim=(0, end), yticks=[], ylabel={"video": "mouths", "audio": "log-mel"}.get(name, ""))
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0, labelbottom=name == "tokens")
+    tokens.set_yticks(list(labels), list(labels.values()))
+    names = " + ".join(STYLES[stream][0] for stream in features)
+    tokens.set(ylim=(y - 1, -0.6), xlabel=f"seconds          right: tokens of {names} + markers and prompt")
+    text = Path(clip.name).with_suffix(".txt")
+    figure.suptitle(f"“{text.read_text('utf-8').strip()}”" if text.is_file() else Path(clip.name).name)
 
-
-# --- tokens -----------------------------------------------------------------------------------------------
 
 def curves(folders):
-    """metrics.json of each folder -> {snr: {method: [(tokens, mean WER %, least, most, rates)]}} of avsr, in order.
+    """metrics.json of each folder -> {snr: {method: [(tokens, mean WER %, least, most, rates)]}} for avsr.
 
-    Folders of one method are seeds. The noises are clean and the lowest SNR that all folders have."""
-    runs = []
-    for folder in folders:
-        metrics = read_json(Path(folder, "metrics.json"))
-        runs.append((metrics["config"]["method"], [row for row in metrics["rows"] if row["task"] == "avsr"]))
-    common = set.intersection(*({row["snr_db"] for row in rows} for _, rows in runs))
-    if not common:
-        raise ValueError("metrics.json: no noise at which all these folders have rows of avsr")
+    Folders of one method are its seeds. The noises are None (clean) and the lowest SNR of all."""
     found = {}
-    for snr in sorted(common, key=lambda snr: (snr is not None, snr))[:2]:
-        for method in dict.fromkeys(method for method, _ in runs):
-            points = {}
-            for row in (row for name, rows in runs if name == method for row in rows if row["snr_db"] == snr):
-                rates = rate_name({"audio": row["audio_rate"], "video": row["video_rate"]})
-                points.setdefault(rates, []).append((row["tokens"], 100 * row["wer"]))
-            lines = ((*np.mean(p, 0), *np.min(p, 0)[1:], *np.max(p, 0)[1:], rates) for rates, p in points.items())
-            found.setdefault(snr, {})[method] = sorted(lines)
-    return found
+    for metrics in (read_json(Path(folder, "metrics.json")) for folder in folders):
+        for row in (row for row in metrics["rows"] if row["task"] == "avsr"):
+            points = found.setdefault(row["snr_db"], {}).setdefault(metrics["config"]["method"], {})
+            rates = f"{row['audio_rate']}:{row['video_rate']}"
+            points.setdefault(rates, []).append((row["tokens"], 100 * row["wer"]))
+    if not found:
+        raise ValueError(f"{folders[0]}/metrics.json: no rows of avsr")
+    snrs = [snr for snr in (None, min(found.keys() - {None}, default=None)) if snr in found]
+    return {snr: {method: sorted((*np.mean(p, 0), np.min(p, 0)[1], np.max(p, 0)[1], r) for r, p in points.items())
+                  for method, points in found[snr].items()} for snr in snrs}
 
 
-def tokens_picture(args):
-    """WER over the tokens that the LLM reads before the first word: a panel per noise, a line per method."""
-    from matplotlib.figure import Figure
-    found = curves(args.folders)
-    figure = Figure((4.4 * len(found), 3.6), layout="constrained")
+def tokens_picture(figure, *folders):
+    """Draw WER over the tokens that the LLM reads before the first word: a panel per noise, a line per method."""
+    found = curves(folders)
+    figure.set_size_inches(4.4 * len(found), 3.6)
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for panel, (snr, lines) in zip(panels, found.items()):
-        ticks = {}
         for method, points in lines.items():
             tokens, *wers, rates = zip(*points)
-            mean, least, most = np.maximum(wers, FLOOR)
-            ticks = dict(zip(rates, tokens)) | ticks
-            panel.errorbar(tokens, mean, (mean - least, most - mean), fmt="o-", capsize=3, color=COLOURS[method],
-                           label=NAMES[method])
-        panel.set(xscale="log", yscale="log", xlabel="tokens read by the LLM (rate)",
-                  title="clean" if snr is None else f"babble at {snr:g} dB")
-        panel.set_xticks(list(ticks.values()), [f"{n:.0f}\n({rates})" for rates, n in ticks.items()])
+            (mean, least, most), (name, colour) = np.maximum(wers, FLOOR), STYLES[method]
+            panel.errorbar(tokens, mean, (mean - least, most - mean), fmt="o-", capsize=3, color=colour, label=name)
+        panel.set(xscale="log", yscale="log", title="clean" if snr is None else f"babble at {snr:g} dB")
         panel.set_xticks([], minor=True)
+        panel.set_xticks(tokens, [f"{n:.0f}\n{rate}" for n, rate in zip(tokens, rates)])
+        panel.set_xlabel("tokens read by the LLM, at rates of sound:lips")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel(f"WER, %  (less than {FLOOR:g} is drawn at {FLOOR:g})")
     panels[0].legend()
-    return figure
 
-
-# --- routing ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def activation(model, encoded, rates):
-    """Share of the prefix tokens' choices that went to each routed expert -> (layers, N_r). Each row sums to 1."""
-    prefixes = model.prefix(encoded, rates)
-    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-    x = pad_sequence(prefixes, batch_first=True)
-    model.llm.hidden_states(x, valid_mask(lengths, x.shape[1]))
-    shares = []
-    for mome in (layer.mome for layer in model.llm.layers):
-        _, chosen, valid = mome.routed                                      # (N, K), (B, T)
-        counts = chosen[valid.flatten()].flatten().bincount(minlength=mome.n_routed)
-        shares.append((counts / counts.sum()).cpu())
-    return torch.stack(shares).numpy()
-
-
 def routing(folder):
-    """The activation of a checkpoint's experts on its samples -> [(rates, shares (layers, N_r))].
+    """Share of the prefix tokens' choices that went to each routed expert -> {rates as text: (layers, N_r)}.
 
-    A model of the synthetic talker also reads 32 of its validation clips."""
-    model, config, _ = load(str(folder))
+    The clips are the checkpoint's samples. A model of the synthetic talker also reads 32 of its validation clips."""
+    model, config, clips, task = read(folder)
     if not model.config.llm.n_routed:
         raise ValueError(f"{folder}: this model has no routed experts")
-    task = "avsr" if "avsr" in config["tasks"] else config["tasks"][0]
-    options, paths = reading(model.config.audio, model.config.video), sample_paths(folder)
-    clips = [read_clip(path, streams=TASKS[task], **options) for path in paths]
-    if not config["parts"] and all("_talker" in path.name for path in paths):
-        from toy.talker import talker_clip
-        clips += [talker_clip(("valid", i, 0, options["size"], True)) for i in range(32)]
-    clips = [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)]
-    encoded = model.encode(to_device(batch(clips, TASKS[task]), model.device))
-    return [(rates, activation(model, encoded, rates)) for rates in task_rates(task, config["rates"])]
+    if not config["parts"] and all("_talker" in clip.name for clip in clips):
+        clips += [talker_clip(("valid", i, 0, clips[0].frames.shape[-1], False)) for i in range(32)]
+    encoded, found = model.encode(to_device(batch(clips, TASKS[task]), model.device)), {}
+    for rates in task_rates(task, config["rates"]):
+        prefixes = model.prefix(encoded, rates)
+        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
+        model.llm.hidden_states(pad_sequence(prefixes, batch_first=True), valid_mask(lengths, int(lengths.max())))
+        layers = []
+        for _, chosen, valid in (layer.mome.routed for layer in model.llm.layers):    # (N, N_r), (N, K), (B, T)
+            counts = chosen[valid.flatten()].flatten().bincount(minlength=model.config.llm.n_routed)
+            layers.append((counts / counts.sum()).tolist())
+        found[":".join(map(str, rates.values()))] = np.array(layers)
+    return found
 
 
-def correlation(pairs):
-    """Mean Pearson correlation of pairs of rows, or nan where no pair varies."""
-    values = [np.corrcoef(a, b)[0, 1] for a, b in pairs if np.std(a) > 0 and np.std(b) > 0]
-    return np.mean(values) if values else float("nan")
-
-
-def routing_picture(args):
-    """A heat map of layers and experts for each rate. Prints how much the activation of rates and layers agrees."""
-    from matplotlib.figure import Figure
-    found = routing(args.folders[0])
-    shares = np.stack([share for _, share in found])                        # (rates, layers, N_r)
+def routing_picture(figure, folder):
+    """Draw a heat map of layers and experts per rate. Print how far the activations of rates and layers agree."""
+    found = routing(folder)
+    shares = np.stack(list(found.values()))                                           # (rates, layers, N_r)
     n_rates, n_layers, n_routed = shares.shape
-    figure = Figure((0.7 + n_rates * max(2.4, 0.4 * n_routed), 1.2 + 0.36 * n_layers), layout="constrained")
+    figure.set_size_inches(0.7 + n_rates * max(2.4, 0.4 * n_routed), 1.2 + 0.36 * n_layers)
     panels = figure.subplots(1, n_rates, sharey=True, squeeze=False)[0]
-    for panel, (rates, share) in zip(panels, found):
-        picture = panel.imshow(100 * share, "Blues", vmin=0, vmax=100 * shares.max(), aspect="auto")
-        for (layer, expert), value in np.ndenumerate(100 * share if n_routed <= 16 else share[:0]):
+    for panel, (rate, share) in zip(panels, found.items()):
+        image = panel.imshow(100 * share, "Blues", vmin=0, vmax=100 * shares.max(), aspect="auto")
+        for (layer, expert), value in np.ndenumerate(100 * share):
             colour = "white" if value > 60 * shares.max() else "black"
             panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", size=8, color=colour)
-        panel.set(title=f"rate {rate_name(rates)}", xlabel="routed expert")
+        panel.set(title=f"rate {rate}", xlabel="routed expert", ylabel="layer" if panel is panels[0] else "")
         panel.set_xticks(range(n_routed), range(1, n_routed + 1))
         panel.set_yticks(range(n_layers), range(1, n_layers + 1))
-    panels[0].set_ylabel("layer")
-    figure.colorbar(picture, ax=list(panels), label="% of choices", pad=0.01)
-    rates = correlation(pair for layer in shares.swapaxes(0, 1) for pair in combinations(layer, 2))
-    layers = correlation(pair for rate in shares for pair in combinations(rate, 2))
-    print(f"mean correlation of the activation: {rates:.2f} between rates at the same layer, "
-          f"{layers:.2f} between layers at the same rate")
-    return figure
+    figure.colorbar(image, ax=list(panels), label="% of choices", pad=0.01)
+    for names, groups in (("rates at the same layer", shares.swapaxes(0, 1)), ("layers at the same rate", shares)):
+        values = [np.corrcoef(a, b)[0, 1] for group in groups for a, b in combinations(group, 2)]
+        print(f"mean correlation of the activation between {names}: {np.mean(values or np.nan):.2f}")
 
-
-# --- python -m extras.pictures ----------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=PICTURES)
-    parser.add_argument("folders", nargs="+", metavar="OUT", help="of train.py; several only for tokens")
-    parser.add_argument("--save", required=True, metavar="PNG", help="the picture to write")
+    draw = {"clip": clip_picture, "tokens": tokens_picture, "routing": routing_picture}
+    parser.add_argument("picture", choices=draw)
+    parser.add_argument("folders", nargs="+", metavar="OUT", help="folder of train.py; several for tokens")
+    parser.add_argument("--save", required=True, type=Path, metavar="PNG", help="the picture to write")
     parser.add_argument("--clip", help="for clip: a media file (default: the first of OUT/samples)")
     args = parser.parse_args(argv)
     if args.picture != "tokens" and len(args.folders) > 1:
-        parser.error(f"{args.picture} shows one folder")
+        parser.error(f"{args.picture} is of one folder")
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
+        figure = Figure(layout="constrained")
+        draw[args.picture](figure, *args.folders, **{"path": args.clip} if args.picture == "clip" else {})
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(args.save, lambda path: figure.savefig(path, dpi=130, format="png"))
     except ImportError:
         print("pictures.py: matplotlib is not installed: pip install -r extras/requirements.txt", file=sys.stderr)
         return 2
-    try:
-        figure = PICTURES[args.picture](args)
-        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.save, lambda path: figure.savefig(path, dpi=130, format="png"))
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError) as error:
         print(f"pictures.py: {error}", file=sys.stderr)
         return 2
     return 0
 
-
-PICTURES = {"clip": clip_picture, "tokens": tokens_picture, "routing": routing_picture}
 
 if __name__ == "__main__":
     run_script(main)
