@@ -28,7 +28,7 @@ FLOOR = 0.1     # % WER: a logarithmic axis has no 0
 
 
 def read(folder, paths=None):
-    """A checkpoint and clips, by default its samples -> model, config, clips, task, options of talker_clip."""
+    """A checkpoint and clips, by default its samples -> model, config, clips, task."""
     model, config, _ = load(folder)
     options = reading(model.config.audio, model.config.video)
     paths = paths or [path for path in sorted(Path(folder, "samples").glob("*")) if path.suffix.lower() in SUFFIXES]
@@ -42,19 +42,20 @@ def clip_picture(figure, folder, path=None):
     """Draw eight mouths, the log-mel, and the windows that become one token at each trained rate."""
     model, config, (clip, *_), task = read(folder, path and [path])
     features, rate_sets, end = batch([clip], TASKS[task]), task_rates(task, config["rates"]), clip.duration
-    heights = {"video": 1.1, "audio": 1.5, "tokens": 0.25 * len(rate_sets) * (len(TASKS[task]) + 0.6)}      # inches
+    heights = {"video": 0.85, "audio": 1.5, "tokens": 0.25 * len(rate_sets) * (len(TASKS[task]) + 0.6)}      # inches
     heights = {name: height for name, height in heights.items() if name in (*features, "tokens")}
     figure.set_size_inches(10.4, sum(heights.values()) + 1.1)
     panels = dict(zip(heights, figure.subplots(len(heights), sharex=True, height_ratios=list(heights.values()))))
     if "video" in features:
-        frames, size = features["video"][0][0, 0], model.config.video.size
+        frames, size = features["video"][0][0, 0].numpy(), model.config.video.size
         edge = (frames.shape[-1] - size) // 2
         for i in range(8):
             picture = frames[int((i + 0.5) / 8 * len(frames)), edge:edge + size, edge:edge + size]
             extent = (i + 0.03) * end / 8, (i + 0.97) * end / 8, 0, 1
             panels["video"].imshow(picture, "gray", vmin=0, vmax=1, extent=extent, aspect="auto")
     if "audio" in features:
-        panels["audio"].imshow(features["audio"][0][0], "magma", origin="lower", extent=(0, end, 0, 1), aspect="auto")
+        panels["audio"].imshow(features["audio"][0][0].numpy(), "magma", origin="lower", extent=(0, end, 0, 1),
+                               aspect="auto")
     y, labels, tokens = 0, {}, panels["tokens"]
     for rates in rate_sets:
         counts = []
@@ -70,7 +71,7 @@ def clip_picture(figure, folder, path=None):
     for name, panel in panels.items():
         panel.set(xlim=(0, end), yticks=[], ylabel={"video": "mouths", "audio": "log-mel"}.get(name, ""))
         panel.spines[:].set_visible(False)
-        panel.tick_params(length=0, labelbottom=name == "tokens")
+        panel.tick_params(length=0)
     tokens.set_yticks(list(labels), list(labels.values()))
     names = " + ".join(STYLES[stream][0] for stream in features)
     tokens.set(ylim=(y - 1, -0.6), xlabel=f"seconds          right: tokens of {names} + markers and prompt")
@@ -106,9 +107,9 @@ def tokens_picture(figure, *folders):
             (mean, least, most), (name, colour) = np.maximum(wers, FLOOR), STYLES[method]
             panel.errorbar(tokens, mean, (mean - least, most - mean), fmt="o-", capsize=3, color=colour, label=name)
         panel.set(xscale="log", yscale="log", title="clean" if snr is None else f"babble at {snr:g} dB")
+        panel.set(xlabel="tokens read by the LLM, at rates of sound:lips")
         panel.set_xticks([], minor=True)
         panel.set_xticks(tokens, [f"{n:.0f}\n{rate}" for n, rate in zip(tokens, rates)])
-        panel.set_xlabel("tokens read by the LLM, at rates of sound:lips")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel(f"WER, %  (less than {FLOOR:g} is drawn at {FLOOR:g})")
@@ -147,9 +148,9 @@ def routing_picture(figure, folder):
     panels = figure.subplots(1, n_rates, sharey=True, squeeze=False)[0]
     for panel, (rate, share) in zip(panels, found.items()):
         image = panel.imshow(100 * share, "Blues", vmin=0, vmax=100 * shares.max(), aspect="auto")
-        for (layer, expert), value in np.ndenumerate(100 * share):
-            colour = "white" if value > 60 * shares.max() else "black"
-            panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", size=8, color=colour)
+        for (i, j), value in np.ndenumerate(share):
+            panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8,
+                       color="white" if value > 0.6 * shares.max() else "black")
         panel.set(title=f"rate {rate}", xlabel="routed expert", ylabel="layer" if panel is panels[0] else "")
         panel.set_xticks(range(n_routed), range(1, n_routed + 1))
         panel.set_yticks(range(n_layers), range(1, n_layers + 1))
@@ -175,11 +176,9 @@ def main(argv=None):
         draw[args.picture](figure, *args.folders, **{"path": args.clip} if args.picture == "clip" else {})
         args.save.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.save, lambda path: figure.savefig(path, dpi=130, format="png"))
-    except ImportError:
-        print("pictures.py: matplotlib is not installed: pip install -r extras/requirements.txt", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"pictures.py: {error}", file=sys.stderr)
+    except (ImportError, ValueError, OSError) as error:
+        missing = "matplotlib is not installed: pip install -r extras/requirements.txt"
+        print(f"pictures.py: {missing if isinstance(error, ImportError) else error}", file=sys.stderr)
         return 2
     return 0
 

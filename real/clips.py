@@ -24,8 +24,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
-    With `longest` None the file is read as one clip, silent or not. Damage that ffmpeg reports is then an error,
-    otherwise a note. `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths."""
+    With `longest` None the file is read as one clip. Damage that ffmpeg reports is then an error, otherwise a note.
+    `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths."""
     def lips():
         return closing(mouths(selected, size, box, cache))
 
@@ -50,13 +50,14 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
         sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
         pictures = stack.enter_context(lips()) if selected.picture_size else None
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
+            if not longest and wave is not None and np.abs(wave).max() < 1e-4:
+                wave = None  # with `longest`, step 1 has looked for silence
+            if wave is None and frames is None:
+                continue
             end = start + (len(wave) // SAMPLES_PER_FRAME if frames is None else len(frames))
             if end < MIN_FRAMES:
                 break
-            if longest and wave is not None and np.abs(wave).max() < 1e-4:
-                wave = None
-            if wave is not None or frames is not None:
-                yield start / FPS, with_log_power(Clip(str(source.path), text, wave, frames), n_mels)
+            yield start / FPS, with_log_power(Clip(str(source.path), text, wave, frames), n_mels)
 
     # 3. Is anything wrong with the file?
     if end == 0:

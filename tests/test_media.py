@@ -73,6 +73,16 @@ def test_unreadable_media(tmp_path, content):
         read_clip(tmp_path / "long.wav")
 
 
+def test_silence_is_no_sound(files, tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "anullsrc=r=16000:d=40", tmp_path / "silent.wav")
+    ffmpeg("-i", files["silent.mp4"], "-i", tmp_path / "silent.wav", "-c:v", "copy", "-shortest", tmp_path / "mute.mp4")
+    for longest in (None, 20):
+        with pytest.raises(ClipError, match="silent"):
+            list(read_pieces(media.probe(tmp_path / "silent.wav"), longest))
+        (_, clip), = read_pieces(media.probe(tmp_path / "mute.mp4"), longest)
+        assert clip.streams == ("video",) and clip.wave is None
+
+
 @pytest.mark.skipif(not (SHARED / "grid").is_dir(), reason="needs the real GRID clips beside the project")
 def test_grid_clips_have_75_frames():
     paths = sorted((SHARED / "grid").glob("*.mpg"))
