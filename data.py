@@ -11,7 +11,8 @@ Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -220,6 +221,16 @@ def drawn_clips(clips, size, seed, step):
         epoch, position = divmod(place, len(clips))
         chosen.append(clips[epoch_order(len(clips), seed, epoch)[position]])
     return chosen
+
+
+def prefetched(make, steps, ahead=4):
+    """Yield make(0), make(1), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = deque(worker.submit(make, step) for step in range(min(ahead, steps)))
+        for step in range(steps):
+            yield waiting.popleft().result()
+            if step + ahead < steps:
+                waiting.append(worker.submit(make, step + ahead))
 
 
 # --- text -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, to_device
+from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, prefetched, to_device
 from data import parse_rates, task_rates, task_streams
 from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
@@ -77,7 +77,7 @@ class TrainConfig:
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
     batch_size: int = flag(4, "clips in a step of stage 3", least=1)
-    lr: float = flag(3e-3, "peak learning rate of stage 3", least=0)
+    lr: float = flag(0., "peak learning rate of stage 3; 0: 6e-3, with --data 1.5e-3", least=0)
     weight_decay: float = flag(0.1, "of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
     valid_clips: int = flag(200, "its clips that set the threshold of sample.py --rate auto", least=1)
@@ -89,6 +89,10 @@ class TrainConfig:
     projector_dim: int = flag(0, "hidden width of the projectors; 0: the LLM's width, at least 256", least=0)
     valid_every: int = flag(0, "steps between tests on held-out clips; 0: no test, no clip held out", least=0)
     beam: int = flag(1, "beam width in the test; 1 is greedy", least=1)
+
+    @property
+    def peak_lr(self):
+        return self.lr or (1.5e-3 if self.data else 6e-3)
 
     @property
     def experts(self):
@@ -126,20 +130,24 @@ def learning_rate(step, steps, peak):
 def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, check=None):
     """Train projectors, markers and MoME on all rates at once. Encoders and Llama stay frozen.
 
-    All that is random in a step is a function of (seed, step). `check(step, loss)` runs every --valid-every."""
+    `check(step, loss)` runs every --valid-every steps."""
     seed, steps = config.seed, n_steps(config, len(clips))
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
     voices = [clip for clip in clips if "audio" in clip.streams]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    progress = tqdm(range(steps), f"stage 3, {config.method}")
-    recent = []                                             # losses since the last check
-    for step in progress:
+    optimizer = torch.optim.AdamW(trained, config.peak_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+
+    def batch_of(step):
+        """The task, the encoded clips and the transcripts of a step: a function of (seed, step)."""
         rng = random.Random(f"{seed} {step}")
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
         chosen = drawn_clips(usable[task], config.batch_size, seed, step)
         transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
-        encoded = encode_clips(model, chosen, task, rng, voices, features)
+        return task, encode_clips(model, chosen, task, rng, voices, features), transcripts
+
+    progress = tqdm(prefetched(batch_of, steps), f"stage 3, {config.method}", steps)
+    recent = []                                             # losses since the last check
+    for step, (task, encoded, transcripts) in enumerate(progress):
         rate_sets = task_rates(task, pairs)
         total = 0
         for rates in rate_sets:                             # one backward each: memory for one set of rates
@@ -148,7 +156,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, che
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         optimizer.step()
         optimizer.zero_grad()
         recent.append(total)
@@ -193,7 +201,8 @@ class Stopwatch(dict):
 
 def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
-    out = Path(config.out)
+    out, cores = Path(config.out), torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // 2))               # work comes in pairs: two stages, a batch and a step
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     out.mkdir(parents=True, exist_ok=True)
     saved = {"rates": pairs, "tasks": tasks, "method": config.method,
@@ -211,7 +220,10 @@ def train(config, tasks, pairs, device, watch):
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
         model.train()
 
+    if features and set(features.identity) == task_streams(tasks):
+        torch.set_num_threads(cores)                        # batches come from the disk, not from an encoder
     train_mome(model.train(), clips["train"], tasks, pairs, tokenizer, config, features, test_held_out)
+    torch.set_num_threads(max(1, cores // 2))
     watch.lap("stage 3")
     if "valid" in clips:
         saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer)
@@ -246,6 +258,7 @@ def run(config):
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         model, saved, clips = load(config, tasks, device)
         config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
                          method=saved["method"])

@@ -180,6 +180,19 @@ def test_clips_of_a_step_are_a_function_of_seed_and_step():
     assert len(data.drawn_clips(clips[:3], 8, 0, 0)) == 8  # more than there are
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3, 9])
+def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
+    assert list(data.prefetched(lambda step: step ** 2, steps)) == [step ** 2 for step in range(steps)]
+
+    def fail(step):
+        if step == 2:
+            raise ValueError("step 2")
+        return step
+    if steps > 2:
+        with pytest.raises(ValueError, match="step 2"):
+            list(data.prefetched(fail, steps))
+
+
 # --- text ---
 
 def test_normalize():
