@@ -202,7 +202,7 @@ class Stopwatch(dict):
 def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out, cores = Path(config.out), torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // 2))               # work comes in pairs: two stages, a batch and a step
+    torch.set_num_threads(max(1, cores // 2))               # two stages run side by side, and two tests
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     out.mkdir(parents=True, exist_ok=True)
     saved = {"rates": pairs, "tasks": tasks, "method": config.method,
@@ -220,8 +220,7 @@ def train(config, tasks, pairs, device, watch):
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
         model.train()
 
-    if features and set(features.identity) == task_streams(tasks):
-        torch.set_num_threads(cores)                        # batches come from the disk, not from an encoder
+    torch.set_num_threads(cores)
     train_mome(model.train(), clips["train"], tasks, pairs, tokenizer, config, features, test_held_out)
     torch.set_num_threads(max(1, cores // 2))
     watch.lap("stage 3")

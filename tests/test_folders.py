@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_folders.py: folders of clips, their transcripts and splits; cutting strings of digits."""
+"""python -m pytest tests/test_folders.py: folders of clips, their transcripts and splits."""
 import re
 
 import numpy as np
@@ -6,7 +6,6 @@ import pytest
 import soundfile
 
 from data import ClipError
-from extras import digits
 from real import clips
 from real.folders import Entry, entries, folder_clips, read_entry, transcript
 
@@ -148,25 +147,3 @@ def test_check(tmp_path, capsys):
     assert "0.wav: not readable" in printed and "1.wav: no transcript" in printed
     assert clips.main(["check", str(tmp_path / "none")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
-
-
-# --- strings of digits ---
-
-def test_digit_strings(tmp_path):
-    for digit in range(10):
-        for take in range(8):
-            path = tmp_path / "recordings" / f"{digit}_ann_{take}.wav"
-            path.parent.mkdir(exist_ok=True)
-            soundfile.write(path, 0.1 * np.random.default_rng(take).standard_normal(800), 8000)
-    with pytest.raises(ClipError, match="_ann_.*no such recording"):
-        digits.cut_digit_strings(tmp_path / "recordings", tmp_path / "out", ["ann"], 0)  # takes 8 to 49 are missing
-    assert digits.main([str(tmp_path), str(tmp_path / "none"), "--talkers", "ann"]) == 2
-    for digit in range(10):
-        for take in range(8, 50):
-            soundfile.write(tmp_path / "recordings" / f"{digit}_ann_{take}.wav", np.full(800, .1), 8000)
-    assert digits.main([str(tmp_path / "recordings"), str(tmp_path / "out"), "--talkers", "ann"]) == 0
-    texts = {split: {path.read_text().strip() for path in (tmp_path / "out" / split).glob("*.txt")}
-             for split in ("train", "test")}
-    assert not texts["train"] & texts["test"] and len(list((tmp_path / "out/train").glob("*.flac"))) == 800
-    assert all(3 <= len(text.split()) <= 6 for text in texts["test"])
-    assert len(list((tmp_path / "out/test").glob("*.flac"))) == 200

@@ -87,7 +87,9 @@ def test_every_flag_has_one_default_and_a_help_line(capsys):
 
 
 def test_readme_commands_parse():
-    commands = re.findall(r"^ {4}(?:.*&& )?python (train|sample|data)\.py ?(.*)$", (ROOT / "README.md").read_text(), re.M)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    commands = re.findall(r"^ {4}(?:.*&& )?python (train|sample|data)\.py ?(.*)$", text, re.M)
     assert {name for name, _ in commands} == {"train", "sample", "data"}
     for name, arguments in commands:
         argv = shlex.split(arguments, comments=True)
@@ -95,6 +97,11 @@ def test_readme_commands_parse():
             parse_args(argv)
         else:
             {"sample": sample, "data": data_command}[name].parse_args(argv)
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 180 and max(map(len, lines)) <= 120 and len(" ".join(lines).split()) <= 1900
 
 
 # --- training ---
