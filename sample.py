@@ -191,7 +191,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     longest = min(media.MAX_SECONDS, 1.1 * config.get("longest", media.MAX_SECONDS) + 0.5)
     sizes = reading(model.config.audio, model.config.video)
     pieces = read_pieces(source, longest, streams=streams, box=box, **sizes)
-    with tqdm(total=round(source.seconds), desc="transcribing", unit=" s", leave=False, delay=2) as progress:
+    short = source.seconds < PIECES * longest
+    with tqdm(desc="transcribing", total=round(source.seconds), unit=" s", leave=False, disable=short) as progress:
         while group := list(islice(pieces, PIECES)):
             starts, clips = zip(*group)
             task = choose_task(clips[0], model, task)
