@@ -354,7 +354,7 @@ def test_pictures_and_sound_of_a_copy_keep_pace(talker_clips):
 # --- what a model costs ---
 
 def train_config(*argv):
-    return parse_options(train.TrainConfig, argv, "", "", train.PRESETS, train.check)
+    return parse_options(train.TrainConfig, argv, "", "", train.PRESETS, train.check_config)
 
 
 def test_the_papers_count_of_active_parameters():
