@@ -28,7 +28,7 @@ SUFFIXES = {".wav", ".flac", ".mp3", ".m4a", ".ogg", ".mp4", ".mpg", ".mov", ".a
 MAX_SECONDS = 30         # the audio encoder has no positions for longer clips
 MIN_FRAMES = 5           # 0.2 s: a shorter clip has no word in it
 MAX_PIXELS = 36_000_000  # of one picture: 8k
-HELD_FRAMES = 10         # the last picture is held if sound goes on for longer than this, else the sound is cut
+HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
 PAUSE = 9                # frames: a longer pause separates two pieces of a long clip (not in the paper)
 MARGIN = 4               # frames of the pause that each piece keeps (not in the paper)
 
