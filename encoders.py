@@ -44,7 +44,7 @@ class VideoConfig:
     picture: int = 32                         # pixels: height and width of the mouth picture before the crop
     stem_channels: int = 8
     stem_kernel: int = 5                      # pixels; the kernel is always 5 frames deep
-    channels: tuple[int, ...] = (16, 32, 64)  # of the ResNet's stages; each stage but the first halves the picture
+    channels: tuple[int, ...] = (16, 32, 64)  # of the ResNet's stages; all but the first halve the picture
     blocks_per_stage: int = 1
     dim: int = 128
     n_layers: int = 2

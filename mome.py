@@ -135,7 +135,7 @@ class MoME(nn.Module):
 
     @property
     def balance_loss(self):
-        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. Padding is not counted.
+        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. Padding is left out.
         f_e: share of all choices that went to expert e. P_e: mean probability of expert e."""
         if self.routed is None:
             return self.down.new_zeros(())
@@ -191,7 +191,7 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` if it saves over 64 products per copied number (measured on a CPU, extras/bench.py --plot),
+        """`grouped` if it saves over 64 products per copied number (measured on a CPU, extras/bench.py),
         else `wide`, as for the paper's sizes."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")

@@ -4,9 +4,9 @@
     python sample.py clip.mp4 --rate 8 --json     your own clip, with fewer tokens for the LLM to read
     python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
-Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. Exit code: 0; 1 if some clips
-failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the training clips is
-cut at pauses, and the texts of the pieces are joined.
+Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. The exit code is 0; 1 if
+some clips failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the training
+clips is cut at pauses, and the texts of the pieces are joined.
 
 Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """

@@ -135,7 +135,8 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, che
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
     voices = [clip for clip in clips if "audio" in clip.streams]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.peak_lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(trained, config.peak_lr, betas=(0.9, 0.98), weight_decay=decay)
 
     def batch_of(step):
         """The task, the encoded clips and the transcripts of a step: a function of (seed, step)."""
