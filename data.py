@@ -11,15 +11,13 @@ Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 import random
 import re
 import sys
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -58,7 +56,6 @@ class Clip:
 
 
 # --- tasks and rates --------------------------------------------------------------------------------------
-
 def parse_rates(text):
     """'2,4,8' | '4:2,16:5' | '4,16x2,5' -> [(audio rate, video rate)] without repeats.
 
@@ -97,7 +94,6 @@ def task_rates(task, pairs):
 
 
 # --- sound and noise --------------------------------------------------------------------------------------
-
 def with_log_power(clip, n_mels=80, keep_wave=True):
     """The clip with `log_power` computed from its wave. keep_wave=False drops the wave to save memory."""
     if clip.wave is None:
@@ -145,7 +141,6 @@ def noisy_power(power, voices, rng):
 
 
 # --- batches ----------------------------------------------------------------------------------------------
-
 def change_pace(x, pace):
     """x (T, ...) -> (T * pace, ...): each new moment repeats the nearest old one."""
     return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
@@ -234,39 +229,16 @@ def prefetched(make, steps, ahead=4):
 
 
 # --- text -------------------------------------------------------------------------------------------------
-
-SPECIAL_TOKENS = ("<bos>", "<eos>", "<transcribe>")    # <transcribe> is the whole prompt
-
-
 def normalize(text):
     """Lower case; letters, digits and apostrophes; single spaces. Training, WER and transcripts share it."""
     text = text.lower().replace("’", "'")
     return " ".join(re.sub(r"[^\w']|_", " ", text).split())
 
 
-def make_tokenizer(words):
-    """A tiktoken Encoding: 256 bytes (id = byte), each word with its leading space, then SPECIAL_TOKENS."""
-    tokens = [bytes([b]) for b in range(256)] + [f" {word}".encode() for word in words]
-    return tiktoken.Encoding(
-        "mome",
-        pat_str=r" ?\S+|\s+",
-        mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def common_words(texts, most=4096):
-    """The most common words of the texts, by count, then by alphabet."""
-    counts = Counter(word for text in texts for word in text.split())
-    return sorted(counts, key=lambda word: (-counts[word], word))[:most]
-
-
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint or of an HF model in `folder`. Its `encode` adds no special tokens."""
-    from real.files import read_json
     from real.tokenizer import read_tokenizer
-    path = Path(folder, "tokenizer.json")
-    words = read_json(path).get("words") if path.is_file() else None
-    return make_tokenizer(words) if words else read_tokenizer(folder)
+    return read_tokenizer(folder)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class AudioConfig:
     pos_kernel: int = 31    # of a positional convolution, 0: none, as in Whisper; ours is not in the paper
     pos_groups: int = 0     # groups of that convolution, 0 for one group per channel
     max_tokens: int = 1500  # 30 s
-    padded: bool = False    # pad every clip with silence to 30 s, as Whisper was trained
+    padded: bool = False    # a Whisper that pads every clip to 30 s, see real/weights.py
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,7 @@ class VideoConfig:
     pos_groups: int = 4
 
 
-WHISPER_MEDIUM = AudioConfig(n_mels=80, dim=1024, n_layers=24, n_heads=16, pos_kernel=0)
-AVHUBERT_LARGE = VideoConfig(
-    size=88, picture=96, stem_channels=64, stem_kernel=7, channels=(64, 128, 256, 512), blocks_per_stage=2,
-    dim=1024, n_layers=24, n_heads=16, pos_kernel=128, pos_groups=16)
-
-
 # --- sound to log-mel -------------------------------------------------------------------------------------
-
 @lru_cache
 def mel_filters(n_mels):
     """Slaney's mel filter bank -> (n_mels, N_FFT // 2 + 1).
@@ -92,8 +85,9 @@ def mel_power(wave, n_mels=80):
     assert wave.shape[-1] > N_FFT // 2, f"{wave.shape[-1]} samples are too few for a window of {N_FFT}"
     flat = wave.float().reshape(-1, wave.shape[-1])
     window = torch.hann_window(N_FFT, device=wave.device)
-    stft = torch.stft(flat, N_FFT, HOP_LENGTH, window=window, return_complex=True)[..., :-1]
-    power = mel_filters(n_mels).to(wave.device) @ stft.abs().square()
+    stft = torch.stft(flat, N_FFT, HOP_LENGTH, window=window, return_complex=True)
+    stft_power = stft[..., :-1].abs().square()
+    power = mel_filters(n_mels).to(wave.device) @ stft_power
     return power.view(*wave.shape[:-1], *power.shape[-2:])
 
 
@@ -113,7 +107,6 @@ def log_mel(wave, n_mels=80):
 
 
 # --- the transformer that both encoders share -------------------------------------------------------------
-
 def valid_mask(lengths, total):
     """lengths (B,) -> (B, total) bool: true at tokens, false at padding. Padding stands on the right."""
     return torch.arange(total, device=lengths.device) < lengths[:, None]
@@ -121,7 +114,6 @@ def valid_mask(lengths, total):
 
 class Block(nn.Module):
     """Pre-norm attention and a GELU feed-forward. Whisper's keys have no bias: it cancels in the softmax."""
-
     def __init__(self, dim, n_heads, key_bias):
         super().__init__()
         self.n_heads = n_heads
@@ -149,7 +141,6 @@ class Block(nn.Module):
 
 class PositionConv(nn.Conv1d):
     """A convolution over time that tells tokens their order, as in AV-HuBERT: x (B, T, D) -> (B, T, D)."""
-
     def __init__(self, dim, kernel, groups):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=groups or dim)
 
@@ -167,12 +158,16 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: AudioConfig = AudioConfig()):
         super().__init__()
         self.config, dim = config, config.dim
+        stride = MELS_PER_AUDIO_TOKEN
         self.conv1 = nn.Conv1d(config.n_mels, dim, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv1d(dim, dim, kernel_size=3, stride=MELS_PER_AUDIO_TOKEN, padding=1)
-        inv_freq = torch.exp(-math.log(1e4) / (dim // 2 - 1) * torch.arange(dim // 2))
-        angles = torch.arange(config.max_tokens)[:, None] * inv_freq
-        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=1))
-        self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups) if config.pos_kernel else None
+        self.conv2 = nn.Conv1d(dim, dim, kernel_size=3, padding=1, stride=stride)
+        exponents = torch.arange(dim // 2) / (dim // 2 - 1)
+        angles = torch.arange(config.max_tokens)[:, None] * torch.exp(-math.log(1e4) * exponents)
+        positions = torch.cat([angles.sin(), angles.cos()], dim=1)
+        self.register_buffer("positions", positions)
+        self.pos_conv = None
+        if config.pos_kernel:
+            self.pos_conv = PositionConv(dim, config.pos_kernel, config.pos_groups)
         blocks = [Block(dim, config.n_heads, key_bias=False) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
@@ -182,11 +177,8 @@ class AudioEncoder(nn.Module):
 
         Padding is zeroed before each convolution, so a padded clip gives the same tokens as the clip alone.
         More than `max_tokens` tokens are an error: cut the clip first."""
-        n_tokens = self.n_tokens(mel.shape[-1])
         if lengths is None:
             lengths = torch.full((len(mel),), mel.shape[-1], device=mel.device)
-        if self.config.padded:
-            mel, lengths = self.with_silence(mel, lengths)
         valid = valid_mask(lengths, mel.shape[-1])[:, None]                   # (B, 1, frames)
         x = F.gelu(self.conv1(mel * valid)) * valid                           # (B, D, frames)
         x = F.gelu(self.conv2(x)).transpose(1, 2)                                    # (B, T, D)
@@ -197,18 +189,7 @@ class AudioEncoder(nn.Module):
             x = self.pos_conv(x * valid[..., None])
         for block in self.blocks:
             x = block(x, valid)
-        return self.norm(x)[:, :n_tokens]
-
-    def with_silence(self, mel, lengths):
-        """mel (B, M, frames), lengths (B,) -> mel (B, M, 2 * max_tokens), lengths: silence fills up the 30 s.
-
-        `compress` turns silence into 2 below the clip's largest value."""
-        room = MELS_PER_AUDIO_TOKEN * self.config.max_tokens - mel.shape[-1]
-        assert room >= 0, f"{mel.shape[-1]} log-mel frames, at most {room + mel.shape[-1]}"
-        valid = valid_mask(lengths, mel.shape[-1])[:, None]
-        silence = mel.masked_fill(~valid, -torch.inf).amax((1, 2), keepdim=True) - 2
-        mel = torch.where(F.pad(valid, (0, room)), F.pad(mel, (0, room)), silence)
-        return mel, torch.full_like(lengths, mel.shape[-1])
+        return self.norm(x)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, padded=False):
@@ -223,10 +204,8 @@ class AudioEncoder(nn.Module):
 
 
 # --- lips -------------------------------------------------------------------------------------------------
-
 class ResidualBlock(nn.Module):
     """ResNet's basic block with PReLUs: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
@@ -253,11 +232,13 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, config: VideoConfig = VideoConfig()):
         super().__init__()
-        self.config, dim, stem, k = config, config.dim, config.stem_channels, config.stem_kernel
-        self.stem = nn.Conv3d(1, stem, (5, k, k), stride=(1, 2, 2), padding=(2, k // 2, k // 2), bias=False)
-        self.stem_norm = nn.BatchNorm2d(stem)
-        self.stem_relu = nn.PReLU(stem)
-        resnet, c_in = [], stem
+        self.config, dim = config, config.dim
+        c_in, k = config.stem_channels, config.stem_kernel
+        padding = 2, k // 2, k // 2
+        self.stem = nn.Conv3d(1, c_in, (5, k, k), (1, 2, 2), padding, bias=False)
+        self.stem_norm = nn.BatchNorm2d(c_in)
+        self.stem_relu = nn.PReLU(c_in)
+        resnet = []
         for stage, c_out in enumerate(config.channels):
             for block in range(config.blocks_per_stage):
                 stride = 2 if stage > 0 and block == 0 else 1
@@ -275,16 +256,18 @@ class VideoEncoder(nn.Module):
     def forward(self, video, lengths=None):
         """video (B, 1, T, H, W) in 0 to 1, lengths (B,) in frames -> (B, T, D)."""
         B, _, T, _, _ = video.shape
-        lengths = torch.full((B,), T, device=video.device) if lengths is None else lengths
+        if lengths is None:
+            lengths = torch.full((B,), T, device=video.device)
         valid = valid_mask(lengths, T)                                               # (B, T)
-        size, edge = self.config.size, (video.shape[-1] - self.config.size) // 2
+        size = self.config.size
+        edge = (video.shape[-1] - size) // 2
         assert edge >= 0, f"pictures of {video.shape[-1]} pixels, at least {size}"
         video = video[..., edge:edge + size, edge:edge + size]
         x = (video - 0.421) / 0.165 * valid[:, None, :, None, None]           # AV-HuBERT's pixel mean and std
         # A Conv3d over one channel equals a Conv2d over 5 frames as channels, which is much faster on a CPU.
-        x = F.pad(x[:, 0], (0, 0, 0, 0, 2, 2)).unfold(1, 5, 1)                # (B, T, H, W, 5)
-        x = x.permute(0, 1, 4, 2, 3).flatten(0, 1)                            # (B * T, 5, H, W)
-        x = x.contiguous(memory_format=torch.channels_last)                   # faster on a CPU, same values
+        x = F.pad(x[:, 0], (0, 0, 0, 0, 2, 2))                                # (B, T + 4, H, W)
+        x = x.unfold(1, 5, 1).permute(0, 1, 4, 2, 3)                          # (B, T, 5, H, W)
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)     # faster on a CPU, same values
         x = F.conv2d(x, self.stem.weight[:, 0], stride=2, padding=self.stem.padding[1])
         x = self.stem_relu(self.stem_norm(x))
         x = F.max_pool2d(x, 3, 2, 1)                                          # (B * T, C, H / 4, W / 4)

@@ -2,15 +2,12 @@
 
 Read downward: configs -> MoME, the idea -> a Llama with MoME beside its layers -> Matryoshka pooling and
 projectors -> AVSR, the whole model with its loss. train.py trains it and sample.py decodes with it.
-
-Axes, in names and shape comments:
+Choices that the paper does not settle are marked `not in the paper`. Axes, in names and shape comments:
 
     B batch    N tokens of all clips, flattened        E experts: N_s shared ones first, then N_r routed ones
     T time     H attention heads                       K routed experts that one token is sent to (top_k)
     D width    V vocabulary                            A = N_s + K experts that one token passes through
                                                        R bottleneck width of an expert
-
-Choices that the paper does not settle are marked `not in the paper`.
 """
 from dataclasses import dataclass, replace
 
@@ -23,8 +20,6 @@ from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder, valid
 
 PLACES = ("attn", "ffn", "layer")
 
-
-# --- configs ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -73,7 +68,6 @@ class AVSRConfig:
 
 
 # --- the idea: a mixture of Matryoshka experts ------------------------------------------------------------
-
 class MoME(nn.Module):
     """MoME(h) = sum_{n <= N_s} E_n(h) + sum_{n > N_s} g_n E_n(h)                         (paper, section 3)
 
@@ -83,14 +77,14 @@ class MoME(nn.Module):
     the same router and experts. So what the experts learn at fine rates serves the coarse rates.
     Up-projections start at zero, so a new MoME changes nothing and its first step trains only them (not in
     the paper). Parameters stay fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
-
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
         self.n_active = n_shared + (top_k if n_routed else 0)             # A
+        self.router = nn.Linear(dim, n_routed, bias=False) if n_routed else None
         E, R, D = n_shared + n_routed, bottleneck, dim
-        self.router = nn.Linear(D, n_routed, bias=False) if n_routed else None
-        self.down = nn.Parameter(torch.empty(E, R, D).uniform_(-1, 1) / D ** 0.5)
+        bound = D ** -0.5
+        self.down = nn.Parameter(torch.empty(E, R, D).uniform_(-bound, bound))
         self.down_bias = nn.Parameter(torch.zeros(E, R))
         self.up = nn.Parameter(torch.zeros(E, R, D))
         self.up_bias = nn.Parameter(torch.zeros(E, D))
@@ -102,14 +96,13 @@ class MoME(nn.Module):
         x = h.reshape(-1, h.shape[-1])                                    # (N, D)
         gates, experts = self.route(x, valid)                             # (N, A), (N, A)
         path = self.best_path(x) if self.path == "auto" else self.path
-        compute = {"loop": self.loop, "grouped": self.grouped, "wide": self.wide}[path]
-        weights = (self.down, self.down_bias, self.up, self.up_bias)
+        compute = getattr(self, path)                                     # loop, grouped or wide
+        weights = self.down, self.down_bias, self.up, self.up_bias
         weights = [weight.to(h.dtype) for weight in weights]
         return compute(x, gates, experts, *weights).view_as(h)
 
     def route(self, x, valid=None):
         """x (N, D) -> gates (N, A) and expert numbers (N, A). Shared experts come first, with gates of 1.
-
         Routed gates: a softmax over all N_r logits, its K largest values divided by their sum. That equals
         a softmax over the K largest logits. Two tokens, N_r = 4, K = 2:
 
@@ -119,7 +112,8 @@ class MoME(nn.Module):
         With K = 1 the softmax value stays: a gate of 1 would give the router no gradient (not in the paper).
         The router computes in fp32: a rounded logit could choose the wrong expert."""
         gates = x.new_ones(len(x), self.n_shared)
-        experts = torch.arange(self.n_shared, device=x.device).expand(len(x), -1)
+        experts = torch.arange(self.n_shared, device=x.device)
+        experts = experts.expand(len(x), -1)
         if self.router is None:
             return gates, experts
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
@@ -140,7 +134,9 @@ class MoME(nn.Module):
         if self.routed is None:
             return self.down.new_zeros(())
         probs, chosen, valid = self.routed
-        weight = torch.ones_like(probs[:, 0]) if valid is None else valid.reshape(-1).to(probs)
+        weight = probs.new_ones(len(probs))                               # (N,) of 0 and 1
+        if valid is not None:
+            weight = valid.reshape(-1).to(probs)
         total = weight.sum().clamp(min=1)
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
         f = weight @ choices / (total * self.top_k)                       # (N_r,)
@@ -166,8 +162,9 @@ class MoME(nn.Module):
         gate = gates.new_zeros(len(x), len(down))
         gate = gate.scatter(1, experts, gates)                                           # (N, E)
         hidden = F.linear(x, down.flatten(0, 1), down_bias.flatten())                    # (N, E * R)
-        hidden = F.gelu(hidden).unflatten(1, down_bias.shape) * gate[..., None]          # (N, E, R)
-        return torch.addmm(gate @ up_bias, hidden.flatten(1), up.flatten(0, 1))          # (N, D)
+        hidden = F.gelu(hidden).unflatten(1, down_bias.shape)
+        hidden = (hidden * gate[..., None]).flatten(1)
+        return torch.addmm(gate @ up_bias, hidden, up.flatten(0, 1))                     # (N, D)
 
     @staticmethod
     def grouped(x, gates, experts, down, down_bias, up, up_bias):
@@ -178,45 +175,44 @@ class MoME(nn.Module):
             raise ValueError(f"path 'grouped': a row of {D} numbers is not whole 16 bytes; use 'wide'")
         expert, order = experts.flatten().sort()                          # (N * A,)
         token = order // A
-        numbers = torch.arange(E, device=x.device)
-        ends = torch.searchsorted(expert, numbers, right=True).int()
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True).int()
         spare = -R % (16 // x.element_size())
         down = F.pad(down, (0, 0, 0, spare))
         down_bias = F.pad(down_bias, (0, spare))
         up = F.pad(up, (0, 0, 0, spare))
-        hidden = F.grouped_mm(x.index_select(0, token), down.mT, offs=ends)
+        x_of_expert = x.index_select(0, token)                            # (N * A, D)
+        hidden = F.grouped_mm(x_of_expert, down.mT, offs=ends)
         hidden = F.gelu(hidden + down_bias[expert])                       # (N * A, R + spare)
         y = F.grouped_mm(hidden, up, offs=ends) + up_bias[expert]         # (N * A, D)
         gate = gates.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` if it saves over 64 products per copied number (measured on a CPU, extras/bench.py),
-        else `wide`, as for the paper's sizes."""
+        """`grouped` if it saves over 64 products per copied number (extras/bench.py), else `wide`."""
         (E, R, D), A = self.down.shape, self.n_active
-        supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
+        supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
+        supported = supported and D * x.element_size() % 16 == 0
         faster = (E - A) * R > 64 * A and len(x) > 16
-        return "grouped" if faster and supported and D * x.element_size() % 16 == 0 else "wide"
+        return "grouped" if faster and supported else "wide"
 
 
 # --- a Llama ----------------------------------------------------------------------------------------------
-
 def rope_tables(positions, inv_freq):
     """cos and sin of the rotary angles: positions (..., T), inv_freq (D/H/2,) -> both (..., T, D/H)."""
     angles = positions[..., None].float() * inv_freq
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, H, T, D/H) by the angle of its position."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return x * cos + turned * sin
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: n_kv_heads keys and values serve n_heads queries."""
-
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -239,13 +235,13 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x))
         if write is not None:
             k, v = write(k, v)
-        h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=x.shape[1] > 1, enable_gqa=True)
+        causal = x.shape[1] > 1
+        h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
     """The feed-forward block: down(silu(gate(x)) * up(x))."""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
@@ -253,28 +249,19 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        gate = F.silu(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
     """One Llama layer with MoME in parallel. MoME's output is added to that of the block it stands beside.
     It reads that block's normalised input; beside the whole layer, the attention's (not in the paper)."""
-
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.add_mome(config)
-
-    def add_mome(self, config):
-        """Put a new MoME beside this layer, or none if the config has no experts."""
-        self.place, self.mome = None, None
-        if config.n_routed + config.n_shared:
-            self.place = config.place
-            self.mome = MoME(config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck)
+        self.place, self.mome = None, None      # Llama.add_mome sets them
 
     def forward(self, x, valid=None, **attention):
         """x (B, T, D), valid (B, T) true at tokens that are not padding -> (B, T, D)."""
@@ -301,25 +288,29 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         self.register_buffer("inv_freq", config.rope_theta ** -exponents, persistent=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        self.add_mome()
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **experts):
-        """The Llama of an HF folder in `dtype`, with new fp32 MoMEs if `experts` (n_routed=, ...) says so.
-        Raises real.files.WeightsError if the folder does not fit."""
+        """The Llama of an HF folder, with new fp32 MoMEs if `experts` (n_routed=8, ...) says so."""
         from real.weights import load_llama
         return load_llama(cls, folder, dtype, **experts)
 
     def add_mome(self, **experts):
-        """Put new MoMEs beside all layers: n_routed, top_k, n_shared, bottleneck, place."""
-        self.config = replace(self.config, **experts)
-        for layer in self.layers:
-            layer.add_mome(self.config)
+        """Put a new MoME beside each layer. `experts`: other values than the config's, like n_routed=8."""
+        self.config = config = replace(self.config, **experts)
+        if config.n_routed + config.n_shared:
+            sizes = config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck
+            for layer in self.layers:
+                layer.place, layer.mome = config.place, MoME(*sizes)
 
     def forward(self, tokens):
         """Token ids (B, T) -> logits (B, T, V)."""
@@ -332,12 +323,12 @@ class Llama(nn.Module):
 
     def hidden_states(self, x, valid=None, positions=None, cache=None):
         """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`.
-
         valid (B, T): true at tokens; padding stands on the right, where a causal model never looks.
         positions: 0 to T - 1 by default; they count pooled tokens. cache: a sample.KVCache, in decoding."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
-        rope = [table.to(x.dtype) for table in rope_tables(positions, self.inv_freq)]
+        cos, sin = rope_tables(positions, self.inv_freq)
+        rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = None if cache is None else cache.mask()
         for i, layer in enumerate(self.layers):
             write = None if cache is None else cache.writer(i)
@@ -346,67 +337,58 @@ class Llama(nn.Module):
 
     def transcript_loss(self, prefixes, labels):
         """Mean next-token cross-entropy of `labels` (B tensors of ids) after `prefixes` (B tensors (T_b, D)).
-
-            row        prefix ... prompt   y0   y1   y2         Logits are computed only where a label
-            predicts                  y0   y1   y2   <eos>      stands: elsewhere they would fill the memory.
-        """
-        rows = [torch.cat([prefix, self.embed_tokens(y[:-1])]) for prefix, y in zip(prefixes, labels)]
+            row        prefix ... prompt   y0   y1   y2         Logits are computed only where labels stand:
+            predicts                  y0   y1   y2   <eos>      elsewhere they would fill the memory."""
+        rows = []
+        for prefix, y in zip(prefixes, labels):
+            rows.append(torch.cat([prefix, self.embed_tokens(y[:-1])]))
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         x = pad_sequence(rows, batch_first=True)                          # (B, T, D)
         hidden = self.hidden_states(x, valid_mask(lengths, x.shape[1]))
-        hidden = [h[len(row) - len(y):len(row)] for h, row, y in zip(hidden, rows, labels)]
-        logits = self.logits(torch.cat(hidden)).float()                   # (all labels, V)
+        at_labels = []
+        for h, row, y in zip(hidden, rows, labels):
+            at_labels.append(h[len(row) - len(y):len(row)])
+        logits = self.logits(torch.cat(at_labels)).float()                # (all labels, V)
         return F.cross_entropy(logits, torch.cat(labels))
-
-    def balance_loss(self):
-        """Mean over the layers of their balancing losses in the last call; 0 without routed experts."""
-        losses = [layer.mome.balance_loss for layer in self.layers if layer.mome is not None]
-        return torch.stack(losses).mean() if losses else self.norm.weight.new_zeros(())
 
 
 # --- Matryoshka pooling and the projectors ----------------------------------------------------------------
-
 def pool(x, lengths, rate):
     """Average every `rate` tokens: x (B, T, D), lengths (B,) -> (B, ceil(T / rate), D), new lengths (B,).
-
     A token at rate 8 is the mean of two tokens at rate 4, like a doll in a doll. Padding never enters a mean.
     A last window that is not full is the mean of its tokens (not in the paper)."""
     B, T, D = x.shape
-    valid = valid_mask(lengths.to(x.device), T)[..., None].to(x)          # (B, T, 1)
-    rest = (0, 0, 0, -T % rate)
-    total = F.pad(x * valid, rest).view(B, -1, rate, D).sum(dim=2)
-    count = F.pad(valid, rest).view(B, -1, rate, 1).sum(dim=2)
+    valid = valid_mask(lengths.to(x.device), T)
+    valid = valid[..., None].to(x)                                        # (B, T, 1) of 0 and 1
+    rest = (0, 0, 0, -T % rate)                                           # fills up the last window
+    windows = F.pad(x * valid, rest).view(B, -1, rate, D)
+    counts = F.pad(valid, rest).view(B, -1, rate, 1)
     lengths = (lengths + rate - 1) // rate
-    return total / count.clamp(min=1), lengths
+    return windows.sum(2) / counts.sum(2).clamp(min=1), lengths
 
 
 class Projector(nn.Sequential):
-    """Encoder width -> LLM width. One projector per stream serves all rates, also untrained ones (not in the
-    paper)."""
-
+    """Encoder width -> LLM width. One per stream serves all rates, also untrained ones (not in the paper)."""
     def __init__(self, d_in, d_hidden, d_out):
         super().__init__(
-            nn.Linear(d_in, d_hidden),
-            nn.ReLU(),
-            nn.Linear(d_hidden, d_out),
-            nn.LayerNorm(d_out))
+            nn.Linear(d_in, d_hidden), nn.ReLU(),
+            nn.Linear(d_hidden, d_out), nn.LayerNorm(d_out))
 
 
 # --- the whole model --------------------------------------------------------------------------------------
-
 class AVSR(nn.Module):
-    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME and the
-    markers (not in the paper) around each stream. The Llama reads this, without the streams that are not used:
+    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME and
+    markers (not in the paper) around each stream. The Llama reads the streams that are used:
 
         <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
 
-    features: {stream: (x, lengths)}, log-mels (B, M, frames) for "audio", mouths (B, 1, T, H, W) for "video".
-    rates: {stream: rate}; it names the streams that are used."""
-
+    features: {stream: (x, lengths)}, "audio" log-mels (B, M, frames), "video" mouths (B, 1, T, H, W).
+    rates: {stream: rate} of the streams that are used, sound before lips."""
     def __init__(self, config: AVSRConfig, llm=None, audio=None, video=None):
         """Pretrained modules may be passed in (llm, audio, video). The others are built from `config`."""
         super().__init__()
-        self.config, width = config, config.llm.dim
+        self.config = config
+        width = config.llm.dim
         self.llm = llm or Llama(config.llm)
         self.encoders = nn.ModuleDict()
         if config.audio is not None:
@@ -419,8 +401,8 @@ class AVSR(nn.Module):
             self.projectors[stream] = Projector(encoder.config.dim, config.projector_dim, width)
             self.markers[stream] = nn.Parameter(0.02 * torch.randn(2, width))
         for name, parameter in self.named_parameters():
-            frozen = name.startswith(("llm.", "encoders.")) and ".mome." not in name
-            parameter.requires_grad_(not frozen)
+            pretrained = name.startswith(("llm.", "encoders."))
+            parameter.requires_grad_(not pretrained or ".mome." in name)
 
     @property
     def device(self):
@@ -445,23 +427,24 @@ class AVSR(nn.Module):
     def prefix(self, encoded, rates):
         """What the Llama reads before the transcript -> B embedding sequences (T_b, D)."""
         table = self.llm.embed_tokens.weight
-        sequences = [[table[self.config.bos, None]] for _ in next(iter(encoded.values()))[1]]
-        for stream in self.encoders:
-            if stream in rates:
-                tokens, lengths = encoded[stream]
-                tokens, lengths = pool(tokens.float(), lengths, rates[stream])
-                tokens = self.projectors[stream](tokens).to(table)        # (B, T, D)
-                start, end = self.markers[stream].to(table)[:, None]
-                for sequence, x, length in zip(sequences, tokens, lengths.tolist()):
-                    sequence += [start, x[:length], end]
-        prompt = table[list(self.config.prompt)]
-        return [torch.cat([*sequence, prompt]) for sequence in sequences]
+        bos, prompt = table[[self.config.bos]], table[list(self.config.prompt)]
+        streams = []                                                      # for each stream B tensors (T, D)
+        for stream, rate in rates.items():
+            tokens, lengths = encoded[stream]
+            tokens, lengths = pool(tokens.float(), lengths, rate)
+            tokens = self.projectors[stream](tokens).to(table)            # (B, T, D)
+            start, end = self.markers[stream].to(table)[:, None]
+            rows = zip(tokens, lengths.tolist())
+            streams.append([torch.cat([start, x[:length], end]) for x, length in rows])
+        return [torch.cat([bos, *parts, prompt]) for parts in zip(*streams)]
 
     def loss(self, encoded, transcripts, rates):
-        """Cross-entropy of the transcripts (B lists of ids) at one set of rates, and the balancing loss.
-
-        The paper's loss is the mean of `cross_entropy + 0.01 * balance` over all sets of rates (section 3);
-        train.py takes it. Gradients reach the experts through the frozen layers above them."""
-        labels = [torch.tensor([*ids, self.config.eos], device=self.device) for ids in transcripts]
+        """Cross-entropy of the transcripts (B lists of ids) at one set of rates, and the mean balancing loss.
+        train.py combines them (section 3). Gradients reach experts through the frozen layers above them."""
+        labels = []
+        for ids in transcripts:
+            labels.append(torch.tensor([*ids, self.config.eos], device=self.device))
         cross_entropy = self.llm.transcript_loss(self.prefix(encoded, rates), labels)
-        return cross_entropy, self.llm.balance_loss()
+        momes = [layer.mome for layer in self.llm.layers if layer.mome is not None]
+        balance = sum(mome.balance_loss for mome in momes)
+        return cross_entropy, balance / max(1, len(momes))

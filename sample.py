@@ -5,18 +5,18 @@
     python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
 Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. The exit code is 0; 1 if
-some clips failed; 2 if all failed. From Python: `sample.transcribe("clip.mp4")`. A clip longer than the training
-clips is cut at pauses, and the texts of the pieces are joined.
+some clips failed; 2 if all failed. A clip longer than the training clips is cut at pauses, and the texts of
+its pieces are joined. From Python: `sample.transcribe("clip.mp4")`.
 
 Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """
-import argparse
 import json
+import operator
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from itertools import groupby, islice
+from functools import partial
+from itertools import groupby, islice, product
 from pathlib import Path
 
 import jiwer
@@ -24,13 +24,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import data
-from data import TASKS, TOKENS_PER_SECOND, ClipError, parse_rates, task_rates
+from data import TASKS, TOKENS_PER_SECOND, ClipError, batch, in_babble, normalize
+from data import parse_rates, task_rates, task_streams, to_device
 from encoders import valid_mask
 from real import media, mouth
-from real.checkpoint import FLAGS, load_model, reading
-from real.clips import read_pieces
-from real.files import run_script, shown
+from real.checkpoint import FLAGS, load_for_use, reading
+from real.clips import choose_task, read_pieces
+from real.files import run_script
+from real.options import parse_sample_options
 from real.subtitles import write_srt
 
 TEST_BATCH = 50     # hypotheses that are decoded together in a test
@@ -38,16 +39,15 @@ PIECES = 8          # pieces of a long clip that are decoded together
 
 
 # --- decoding ---------------------------------------------------------------------------------------------
-
 class KVCache:
     """Keys and values of all layers, two tensors (layers, B * W, kv heads, S, D/H).
 
     The prefix is computed once per clip and copied to its W beams. After that, one token is appended to every
     beam. Prefixes of unequal length leave padding between the prefix and the generated tokens."""
-
     def __init__(self, config, lengths, slots, like, beam=1):
         shape = (config.n_layers, len(lengths) * beam, config.n_kv_heads, slots, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.k = like.new_zeros(shape)
+        self.v = like.new_zeros(shape)
         self.lengths, self.beam = lengths.repeat_interleave(beam), beam     # of the prefixes
         self.is_ragged = bool((lengths != lengths[0]).any())
         self.filled = self.prefix = 0               # slots in use, and how many of them prefixes use
@@ -61,7 +61,9 @@ class KVCache:
             self.v[layer, :, :, start:end] = v.repeat_interleave(copies, 0)
             if layer == len(self.k) - 1:
                 self.filled, self.prefix = end, self.prefix or end
-            return (k, v) if start == 0 else (self.k[layer, :, :, :end], self.v[layer, :, :, :end])
+            if start == 0:
+                return k, v
+            return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
         return write
 
     def mask(self):
@@ -75,8 +77,8 @@ class KVCache:
     def reorder(self, rows):
         """Beam i goes on from the generated tokens of beam rows[i]. Beams of one clip share their prefix."""
         generated = slice(self.prefix, self.filled)
-        for store in (self.k, self.v):
-            store[:, :, :, generated] = store[:, rows, :, generated]
+        for stored in (self.k, self.v):
+            stored[:, :, :, generated] = stored[:, rows, :, generated]
 
 
 @torch.no_grad()
@@ -102,7 +104,8 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     for step in range(max_tokens):
         logp = llm.logits(last).float().log_softmax(-1)
         logp = torch.where(done[:, None], wait, logp).view(B, W, V)
-        scores, best = (scores[..., None] + logp).flatten(1).topk(W)         # (B, W) of W * V continuations
+        continued = scores[..., None] + logp
+        scores, best = continued.flatten(1).topk(W)                          # (B, W) of W * V continuations
         parents = (clip[:, None] * W + best // V).flatten()                  # the beam that is continued
         chosen = (best % V).flatten()                                        # and its new token
         tokens = torch.cat([tokens[parents], chosen[:, None]], 1)
@@ -127,15 +130,10 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
 def decode(model, encoded, rates, beam=1):
     """Encoded clips -> for each (token ids, mean log-probability, rates, number of prefix tokens)."""
     prefixes = model.prefix(encoded, rates)
-    hypotheses = generate(model.llm, prefixes, model.config.eos, beam, model.config.max_tokens)
-    return [(*hypothesis, rates, len(prefix)) for hypothesis, prefix in zip(hypotheses, prefixes)]
-
-
-def trained_rates(task, config):
-    """The sets of rates of a task that a checkpoint was trained at, from the coarsest to the finest."""
-    def tokens_per_second(rates):
-        return sum(TOKENS_PER_SECOND[stream] / rate for stream, rate in rates.items())
-    return sorted(task_rates(task, config["rates"]), key=tokens_per_second)
+    config = model.config
+    hypotheses = generate(model.llm, prefixes, config.eos, beam, config.max_tokens)
+    pairs = zip(hypotheses, prefixes)
+    return [(ids, logprob, rates, len(prefix)) for (ids, logprob), prefix in pairs]
 
 
 def decoder_at(rate, task, config):
@@ -146,101 +144,98 @@ def decoder_at(rate, task, config):
     if rate == "auto":
         from extras.auto import auto_decoder
         return auto_decoder(task, config)
-    rate_sets = trained_rates(task, config)[-1:] if rate is None else task_rates(task, parse_rates(rate))
-    if len(rate_sets) > 1:
+    if rate is None:
+        return partial(decode, rates=trained_rates(task, config)[-1])
+    rates, *more = task_rates(task, parse_rates(rate))
+    if more:
         raise ValueError(f"--rate {rate!r}: a clip is read at one rate, like 4 or 4:2, or at auto, or at all")
-    return partial(decode, rates=rate_sets[0])
+    return partial(decode, rates=rates)
+
+
+def trained_rates(task, config):
+    """The sets of rates of a task that a checkpoint was trained at, from the coarsest to the finest."""
+    def tokens_per_second(rates):
+        return sum(TOKENS_PER_SECOND[stream] / rate for stream, rate in rates.items())
+    return sorted(task_rates(task, config["rates"]), key=tokens_per_second)
 
 
 # --- transcribe a clip ------------------------------------------------------------------------------------
-
-@lru_cache(maxsize=1)
-def load(ckpt, verify=False, **paths):
-    """A checkpoint folder, and the paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paths = {part: path for part, path in paths.items() if path}
-    model, config = load_model(ckpt, paths, verify, device)
-    return model, config, data.load_tokenizer(config["paths"].get("llm", ckpt))
-
-
-def choose_task(clip, model, task=None):
-    """`task` if clip and model have its streams; None: the task with all streams that both have."""
-    common = [stream for stream in model.encoders if stream in clip.streams]
-    if task is None and common:
-        return next(name for name, streams in TASKS.items() if set(streams) == set(common))
-    if task is None or not set(TASKS[task]) <= set(common):
-        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else (
-            f"the model reads {' and '.join(model.encoders)}")
-        raise ClipError(f"{shown(clip.name)}: the clip has {' and '.join(clip.streams)} only, and {needs}")
-    return task
-
-
 @torch.no_grad()
 def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **parts):
-    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (read by the
-    LLM before the first word), duration (s), seconds (spent), logprob (mean per output token) and segments.
+    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (which the
+    LLM reads before the first word), duration (s), seconds (spent), logprob (mean per output token), and
+    segments, which have start, end, text and the like for each piece.
 
-    A segment has start, end, text and the like for one piece; `on_segment` is called with each. rate: see
-    decoder_at. box: see real/mouth.py. parts: see load. Raises ClipError for a clip that cannot be read,
-    ValueError for a bad rate, CheckpointError or WeightsError for a bad checkpoint."""
-    model, config, tokenizer = load(str(ckpt), **parts)
-    began = time.perf_counter()
-    segments, logprobs = [], []
+    `on_segment` is called with each segment. rate: see decoder_at. box: see real/mouth.py. parts: see
+    real.checkpoint.load_for_use. Raises ClipError for a clip, ValueError for a rate, CheckpointError or
+    WeightsError for a checkpoint that cannot be used."""
+    model, config, tokenizer = load_for_use(str(ckpt), **parts)
+    began, segments, n_ids = time.perf_counter(), [], []
     source = media.probe(path)
+    longest = config.get("longest", media.MAX_SECONDS)                       # training clip, in seconds
+    longest = min(1.1 * longest + 0.5, media.MAX_SECONDS)
     streams = TASKS[task] if task else tuple(model.encoders)
-    longest = min(media.MAX_SECONDS, 1.1 * config.get("longest", media.MAX_SECONDS) + 0.5)
     sizes = reading(model.config.audio, model.config.video)
     pieces = read_pieces(source, longest, streams=streams, box=box, **sizes)
-    short = source.seconds < PIECES * longest
-    with tqdm(desc="transcribing", total=round(source.seconds), unit=" s", leave=False, disable=short) as progress:
+    bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
+    with tqdm(total=round(source.seconds), **bar) as progress:
         while group := list(islice(pieces, PIECES)):
             starts, clips = zip(*group)
             task = choose_task(clips[0], model, task)
-            encoded = model.encode(data.to_device(data.batch(clips, TASKS[task]), model.device))
-            answers = decoder_at(rate, task, config)(model, encoded, beam=beam)
+            features = to_device(batch(clips, TASKS[task]), model.device)
+            answers = decoder_at(rate, task, config)(model, model.encode(features), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
+                n_ids.append(len(ids) + 1)                                   # with <eos>
                 segments.append({
                     "start": round(start, 2),
                     "end": round(start + clip.duration, 2),
-                    "text": data.normalize(tokenizer.decode(ids)),
+                    "text": normalize(tokenizer.decode(ids)),
                     "audio_rate": rates.get("audio"),
                     "video_rate": rates.get("video"),
                     "tokens": n_tokens,
                     "logprob": round(logprob, 4)})
-                logprobs += [logprob] * (len(ids) + 1)
                 if on_segment:
                     on_segment(segments[-1])
             progress.update(round(segments[-1]["end"]) - progress.n)
 
-    def common(key):
-        values = {segment[key] for segment in segments}
-        return values.pop() if len(values) == 1 else "auto"
-
+    columns = {}
+    for key in segments[0]:
+        columns[key] = [segment[key] for segment in segments]
+    whole = {}
+    for key in ("audio_rate", "video_rate"):
+        whole[key] = columns[key][0] if len(set(columns[key])) == 1 else "auto"
+    logprob = sum(map(operator.mul, columns["logprob"], n_ids)) / sum(n_ids)
     return {
         "clip": str(path),
-        "text": " ".join(segment["text"] for segment in segments if segment["text"]),
+        "text": " ".join(filter(None, columns["text"])),
         "task": task,
-        "audio_rate": common("audio_rate"),
-        "video_rate": common("video_rate"),
-        "tokens": sum(segment["tokens"] for segment in segments),
+        **whole,
+        "tokens": sum(columns["tokens"]),
         "duration": segments[-1]["end"],
         "seconds": round(time.perf_counter() - began, 3),
-        "logprob": round(sum(logprobs) / len(logprobs), 4),
+        "logprob": round(logprob, 4),
         "segments": segments}
 
 
 # --- measure many clips -----------------------------------------------------------------------------------
+def fixed_plan(tasks, pairs):
+    """The plan for every task at each of its rates: {(task, audio rate, video rate): (task, decoder)}."""
+    plan = {}
+    for task in tasks:
+        for rates in task_rates(task, pairs):
+            plan[task, rates.get("audio"), rates.get("video")] = task, partial(decode, rates=rates)
+    return plan
+
 
 def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     """Decode all clips, clean and in babble -> {(plan key, snr): [(reference, hypothesis, logprob, tokens)]}.
 
-    plan: {key: (task, decoder)}, see decoder_at. Sound is encoded once per noise and lips once, for all tasks
-    and rates. Lips hear no noise, so vsr is decoded clean only. The order of clips is the same in all lists."""
+    plan: {key: (task, decoder)}, see fixed_plan. Sound is encoded once per noise, lips once, for all tasks
+    and rates. Lips hear no noise: vsr is decoded clean only. The order of clips is the same in all lists."""
     voices = [clip for clip in clips if "audio" in clip.streams]
+    used = task_streams(task for task, _ in plan.values())
+    size, chunks = max(1, TEST_BATCH // beam), []
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
-    used = data.task_streams(task for task, _ in plan.values())
-    size = max(1, TEST_BATCH // beam)
-    chunks = []
     for _, group in groupby(clips, lambda clip: clip.streams):
         while chunk := list(islice(group, size)):
             chunks.append(chunk)
@@ -248,14 +243,18 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     def decode_chunk(chunk):
         results, encoded = {}, {}
         for snr in snrs if "audio" in used else [None]:
-            noisy = [data.in_babble(clip, snr, voices) for clip in chunk]
-            fresh = [s for s in chunk[0].streams if s in used and (s == "audio" or s not in encoded)]
-            encoded |= model.encode(data.to_device(data.batch(noisy, fresh), model.device))
+            noisy = [in_babble(clip, snr, voices) for clip in chunk]
+            changed = {"audio"} if encoded else used
+            fresh = [stream for stream in chunk[0].streams if stream in changed]
+            encoded |= model.encode(to_device(batch(noisy, fresh), model.device))
             for key, (task, decoder) in plan.items():
-                if set(TASKS[task]) <= set(encoded) and (snr is None or "audio" in TASKS[task]):
-                    answers = decoder(model, {s: encoded[s] for s in TASKS[task]}, beam=beam)
-                    results[key, snr] = [(clip.text, data.normalize(tokenizer.decode(ids)), logprob, tokens)
-                                         for clip, (ids, logprob, _, tokens) in zip(chunk, answers)]
+                streams = TASKS[task]
+                if set(streams) <= set(encoded) and (snr is None or "audio" in streams):
+                    answers = decoder(model, {stream: encoded[stream] for stream in streams}, beam=beam)
+                    rows = results[key, snr] = []
+                    for clip, (ids, logprob, _, tokens) in zip(chunk, answers):
+                        text = normalize(tokenizer.decode(ids))
+                        rows.append((clip.text, text, logprob, tokens))
         return results
 
     model.eval()
@@ -267,67 +266,33 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     return merged
 
 
-def fixed_plan(tasks, pairs):
-    """The plan for every task at each of its rates: {(task, audio rate, video rate): (task, decoder)}."""
-    return {(task, rates.get("audio"), rates.get("video")): (task, partial(decode, rates=rates))
-            for task in tasks for rates in task_rates(task, pairs)}
-
-
 def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
     """Corpus WER (jiwer, after data.normalize) by task, rate and noise -> rows of metrics.json.
 
-    plan: {(task, audio rate, video rate): (task, decoder)}."""
+    plan: {(task, audio rate, video rate): (task, decoder)}, see fixed_plan."""
     rows = []
-    for ((task, audio, video), snr), answers in decode_all(model, clips, plan, snrs, tokenizer, beam).items():
-        references, hypotheses, _, tokens = map(list, zip(*answers))
-        rows.append({
-            "task": task,
-            "audio_rate": audio,
-            "video_rate": video,
-            "snr_db": snr,
-            "wer": jiwer.wer(references, hypotheses),
-            "words": sum(len(reference.split()) for reference in references),
-            "clips": len(references),
-            "tokens": sum(tokens) / len(tokens),
-            "split": "test"})
-    order, noises = list(plan), list(snrs)
-    return sorted(rows, key=lambda row: (
-        list(TASKS).index(row["task"]), noises.index(row["snr_db"]),
-        order.index((row["task"], row["audio_rate"], row["video_rate"]))))
+    decoded = decode_all(model, clips, plan, snrs, tokenizer, beam)
+    for task, snr, key in product(TASKS, snrs, plan):
+        if key[0] == task and (key, snr) in decoded:
+            references, hypotheses, _, tokens = map(list, zip(*decoded[key, snr]))
+            rows.append({
+                "task": task,
+                "audio_rate": key[1],
+                "video_rate": key[2],
+                "snr_db": snr,
+                "wer": jiwer.wer(references, hypotheses),
+                "words": len(" ".join(references).split()),
+                "clips": len(references),
+                "tokens": sum(tokens) / len(tokens),
+                "split": "test"})
+    return rows
 
 
 # --- the command line -------------------------------------------------------------------------------------
-
-def parse_args(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
-    add("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
-    add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; auto: "
-                       "coarse, and finer where the model is unsure; all: every trained rate (default: the finest)")
-    add("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
-    add("--beam", type=int, default=1, help="beam width; 1 is greedy (default %(default)s)")
-    add("--json", action="store_true", help="print a JSON object per line instead of the text")
-    add("--srt", metavar="FILE", help="write subtitles of the clip")
-    add("--box", metavar="X,Y,W,H", help="where the mouth is (default: small square pictures are mouths; in others "
-                                         "it is searched, which needs requirements-face.txt)")
-    add("--show-crop", metavar="PNG", help="write a picture of the mouths that are read")
-    for part, flag in FLAGS.items():
-        add(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
-    add("--verify", action="store_true", help="compare every byte of the real parts with those of training")
-    args = parser.parse_args(argv)
-    if len(args.clips) != 1 and (args.srt or args.show_crop):
-        parser.error("--srt and --show-crop are for one clip")
-    return args
-
-
 def prepare(args, parts):
     """Check the arguments against the checkpoint before any clip is read -> the clips."""
-    if args.beam < 1:
-        raise ValueError(f"--beam must be 1 or more, not {args.beam}")
     args.box = args.box and mouth.parse_box(args.box)
-    model, config, _ = load(args.ckpt, **parts)
+    model, config, _ = load_for_use(args.ckpt, **parts)
     if args.task and not set(TASKS[args.task]) <= set(model.encoders):
         streams = " and ".join(model.encoders)
         raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
@@ -340,17 +305,21 @@ def prepare(args, parts):
     return clips
 
 
-def transcribe_and_print(path, args, options):
+def transcribe_and_print(path, args, **options):
     """One clip from the command line: its text or JSON, and the files that were asked for."""
     if args.show_crop:
         from extras.sheet import write_sheet
-        write_sheet(media.select_streams(media.probe(path), ("video",)), args.show_crop, args.box)
+        lips = media.select_streams(media.probe(path), ("video",))
+        write_sheet(lips, args.show_crop, args.box)
     if args.rate == "all":
         from extras.every_rate import print_every_rate
         return print_every_rate(path, args.json, **options)
+    def show(segment):
+        tqdm.write(segment["text"])
+
     piecewise = sys.stdout.isatty() and not args.json
-    show = (lambda segment: tqdm.write(segment["text"])) if piecewise else None
-    result = transcribe(path, rate=args.rate, on_segment=show, **options)
+    on_segment = show if piecewise else None
+    result = transcribe(path, rate=args.rate, on_segment=on_segment, **options)
     if not piecewise:
         print(json.dumps(result) if args.json else result["text"], flush=True)
     if args.srt:
@@ -358,18 +327,18 @@ def transcribe_and_print(path, args, options):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    parts = {"verify": args.verify} | {part: getattr(args, part) for part in FLAGS}
+    args = parse_sample_options(argv, __doc__)
+    parts = {name: getattr(args, name) for name in ("verify", *FLAGS)}
     try:
         clips = prepare(args, parts)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    options = {"ckpt": args.ckpt, "task": args.task, "beam": args.beam, "box": args.box, **parts}
+    options = {name: getattr(args, name) for name in ("ckpt", "task", "beam", "box")}
     failed = 0
     for path in clips:
         try:
-            transcribe_and_print(path, args, options)
+            transcribe_and_print(path, args, **options, **parts)
         except (ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1

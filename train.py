@@ -15,8 +15,6 @@
 import math
 import random
 import sys
-import time
-from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,12 +27,12 @@ from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, prefetche
 from data import parse_rates, task_rates, task_streams
 from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
-from mome import PLACES, LlamaConfig, MoME
-from real.checkpoint import EXPERTS, load_model, save_model
+from mome import PLACES, LlamaConfig
+from real.checkpoint import EXPERTS, save_model
 from real.files import CheckpointError, WeightsError, note, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
-from real.report import table
-from real.setup import check_config, load_clips, set_up, write_samples
+from real.report import Stopwatch, count_parameters, table
+from real.setup import check_config, load_for_test, set_up, threads, write_samples
 from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
@@ -46,7 +44,6 @@ PRESETS = {"": {}, "paper": dict(
 
 
 # --- configuration: one dataclass owns every default, and the flags are made from it ----------------------
-
 @dataclass(frozen=True)
 class TrainConfig:
     rates: str = flag("2,4,8", "compression rates: '2,4,8' both streams at each; "
@@ -109,7 +106,6 @@ class TrainConfig:
 
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
-
 def encode_clips(model, clips, task, rng, voices, features):
     """Augmented clips through the frozen encoders, once for all rates -> {stream: (tokens, lengths)}.
 
@@ -174,36 +170,10 @@ def n_steps(config, n_clips):
     return config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1400)
 
 
-def count_parameters(model, method):
-    """One line: how many parameters are frozen, trained, and active for one token."""
-    sizes = Counter()
-    for name, parameter in model.named_parameters():
-        adapter = parameter.requires_grad and name.startswith("llm.")
-        sizes["adapter" if adapter else name.split(".")[0]] += parameter.numel()
-    active = sizes["adapter"]
-    for mome in (module for module in model.modules() if isinstance(module, MoME)):
-        one_expert = sum(weight[0].numel() for weight in (mome.down, mome.down_bias, mome.up, mome.up_bias))
-        active -= (len(mome.down) - mome.n_active) * one_expert
-    return (f"frozen: encoders {sizes['encoders']:,}, LLM {sizes['llm']:,} parameters; "
-            f"trained: {'LoRA' if method == 'lora' else 'MoME'} {sizes['adapter']:,} ({active:,} active for "
-            f"one token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
-
-
 # --- main -------------------------------------------------------------------------------------------------
-
-class Stopwatch(dict):
-    """Seconds of each stage, by name."""
-    def __init__(self):
-        self.since = time.perf_counter()
-
-    def lap(self, stage):
-        self[stage], self.since = round(time.perf_counter() - self.since, 1), time.perf_counter()
-
-
 def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
-    out, cores = Path(config.out), torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // 2))               # two stages run side by side, and two tests
+    out = Path(config.out)
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     out.mkdir(parents=True, exist_ok=True)
     saved = {"rates": pairs, "tasks": tasks, "method": config.method,
@@ -221,9 +191,8 @@ def train(config, tasks, pairs, device, watch):
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
         model.train()
 
-    torch.set_num_threads(cores)
-    train_mome(model.train(), clips["train"], tasks, pairs, tokenizer, config, features, test_held_out)
-    torch.set_num_threads(max(1, cores // 2))
+    with threads(1 if features else 0.5):                   # cached features leave all cores to the step
+        train_mome(model.train(), clips["train"], tasks, pairs, tokenizer, config, features, test_held_out)
     watch.lap("stage 3")
     if "valid" in clips:
         saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer)
@@ -236,18 +205,6 @@ def train(config, tasks, pairs, device, watch):
     return model, saved | {"paths": config.real_paths}, clips["test"]
 
 
-def load(config, tasks, device):
-    """--eval-only -> the model in --out, the dict of its config.json, the test clips."""
-    model, saved = load_model(config.out, config.real_paths, device=device)
-    if not config.data and {"audio", "video"} & set(saved["paths"]):
-        raise CheckpointError(f"{config.out}: its encoders are for real clips: name their folder by --data")
-    for task in tasks:
-        if not set(TASKS[task]) <= set(model.encoders):
-            streams = " and ".join(model.encoders)
-            raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
-    return model, saved, load_clips(config, tasks, model.config.audio, model.config.video)["test"]
-
-
 def run(config):
     """Train, or load for --eval-only; then test, print the table and write metrics.json."""
     if config.dry_run:
@@ -258,8 +215,7 @@ def run(config):
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     if config.eval_only:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        model, saved, clips = load(config, tasks, device)
+        model, saved, clips = load_for_test(config, tasks, device)
         config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
                          method=saved["method"])
         watch.lap("clips")
@@ -288,7 +244,8 @@ def main(argv=None):
     usage = "train.py [--rates 2,4,8] [flags, see --help]"
     config = parse_options(TrainConfig, argv, __doc__, usage, PRESETS, check_config)
     try:
-        run(config)
+        with threads(0.5):                                  # two things run side by side in every stage
+            run(config)
     except (ClipError, CheckpointError, WeightsError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -15,12 +15,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import TASKS, parse_rates, task_rates, task_streams
-from encoders import AVHUBERT_LARGE, FPS, HOP_LENGTH, SAMPLE_RATE, WHISPER_MEDIUM, AudioConfig, VideoConfig
+from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, AudioConfig, VideoConfig
 from extras.baselines import add_lora, lora_rank
 from mome import AVSR, AVSRConfig, LlamaConfig, MoME
 from real import weights
 from sample import KVCache
 
+WHISPER_MEDIUM = AudioConfig(dim=1024, n_layers=24, n_heads=16, pos_kernel=0)
+AVHUBERT_LARGE = VideoConfig(
+    size=88, picture=96, stem_channels=64, stem_kernel=7, channels=(64, 128, 256, 512), blocks_per_stage=2,
+    dim=1024, n_layers=24, n_heads=16, pos_kernel=128, pos_groups=16)
 LLAMA_3B = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, head_dim=128,
                        rope_theta=500_000.0)
 PAPER = {"llm": LLAMA_3B, "audio": WHISPER_MEDIUM, "video": AVHUBERT_LARGE}

@@ -4,12 +4,13 @@ import json
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sample import load, trained_rates, transcribe
+from real.checkpoint import load_for_use
+from sample import trained_rates, transcribe
 
 
 def every_rate(path, ckpt="out", task=None, beam=1, box=None, **parts):
     """Yield the dict of `sample.transcribe` with its `flops`, at each trained rate from the coarsest on."""
-    _, config, _ = load(str(ckpt), **parts)
+    _, config, _ = load_for_use(str(ckpt), **parts)
     options = {"ckpt": ckpt, "beam": beam, "box": box, **parts}
     task = task or transcribe(path, **options)["task"]
     for rates in trained_rates(task, config):

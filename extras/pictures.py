@@ -15,11 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import TASKS, TOKENS_PER_SECOND, batch, task_rates, to_device
 from encoders import valid_mask
-from real.checkpoint import reading
-from real.clips import read_clip
+from real.checkpoint import load_for_use, reading
+from real.clips import choose_task, read_clip
 from real.files import read_json, run_script, write_whole
 from real.media import SUFFIXES
-from sample import choose_task, load
 from toy.talker import talker_clip
 
 STYLES = {"mome": ("MoME", "tab:blue"), "lora": ("LoRA", "tab:orange"), "projectors": ("projectors only", "tab:green"),
@@ -29,7 +28,7 @@ FLOOR = 0.1     # % WER: a logarithmic axis has no 0
 
 def read(folder, paths=None):
     """A checkpoint and clips, by default its samples -> model, config, clips, task."""
-    model, config, _ = load(folder)
+    model, config, _ = load_for_use(folder)
     options = reading(model.config.audio, model.config.video)
     paths = paths or [path for path in sorted(Path(folder, "samples").glob("*")) if path.suffix.lower() in SUFFIXES]
     if not paths:

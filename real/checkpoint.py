@@ -7,12 +7,14 @@ only stores their paths and fingerprints.
 import json
 import os
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data import load_tokenizer
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
 from real.files import CheckpointError, WeightsError, write_json, write_whole
@@ -76,6 +78,15 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: damaged, or of another version: {reason}") from None
+
+
+@lru_cache(maxsize=1)
+def load_for_use(ckpt, verify=False, **paths):
+    """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = {part: path for part, path in paths.items() if path}
+    model, config = load_model(ckpt, paths, verify, device)
+    return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
 
 
 def read_model(folder, config, paths, verify, device):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Clip, ClipError, with_log_power
+from data import TASKS, Clip, ClipError, with_log_power
 from encoders import FPS, SAMPLES_PER_FRAME
 from real import media
 from real.files import note, shown, write_whole
@@ -76,6 +76,19 @@ def read_clip(path, **reading):
     if more or clip.duration > MAX_SECONDS:
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     return clip
+
+
+def choose_task(clip, model, task=None):
+    """`task` if clip and model have its streams; None: the task with all streams that both have."""
+    common = tuple(stream for stream in model.encoders if stream in clip.streams)
+    if task is None and common:
+        return next(name for name, streams in TASKS.items() if streams == common)
+    if task is None or not set(TASKS[task]) <= set(common):
+        needs = f"the model reads {' and '.join(model.encoders)}"
+        if task:
+            needs = f"task {task} needs {' and '.join(TASKS[task])}"
+        raise ClipError(f"{shown(clip.name)}: the clip has {' and '.join(clip.streams)} only, and {needs}")
+    return task
 
 
 def write_clip(clip, path):

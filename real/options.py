@@ -3,6 +3,9 @@ import argparse
 import math
 from dataclasses import field, fields
 
+from data import TASKS
+from real.checkpoint import FLAGS
+
 
 def flag(default, text, **more):
     """A dataclass field with the help text of its flag; `more`: choices=, least=."""
@@ -55,3 +58,31 @@ def parse_snrs(text):
     except ValueError:
         raise ValueError(f"--snr {text!r}: expected 'clean' or dB, like clean,0,-5") from None
     return list(dict.fromkeys([None, *snrs]))
+
+
+def parse_sample_options(argv, description):
+    """The command line of sample.py. A wrong flag ends the program with one line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    add = parser.add_argument
+    add("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
+    add("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
+    add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; "
+                       "auto: coarse, and finer where the model is unsure; all: every trained rate "
+                       "(default: the finest)")
+    add("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
+    add("--beam", type=int, default=1, help="beam width; 1 is greedy (default %(default)s)")
+    add("--json", action="store_true", help="print a JSON object per line instead of the text")
+    add("--srt", metavar="FILE", help="write subtitles of the clip")
+    add("--box", metavar="X,Y,W,H", help="where the mouth is (default: small square pictures are mouths; in "
+                                         "others it is searched, which needs requirements-face.txt)")
+    add("--show-crop", metavar="PNG", help="write a picture of the mouths that are read")
+    for part, flag in FLAGS.items():
+        add(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
+    add("--verify", action="store_true", help="compare every byte of the real parts with those of training")
+    args = parser.parse_args(argv)
+    if len(args.clips) != 1 and (args.srt or args.show_crop):
+        parser.error("--srt and --show-crop are for one clip")
+    if args.beam < 1:
+        parser.error(f"--beam must be 1 or more, not {args.beam}")
+    return args

@@ -1,4 +1,32 @@
-"""The table that train.py prints."""
+"""What train.py prints: the number of parameters, and the table of WERs."""
+import time
+from collections import Counter
+
+from mome import MoME
+
+
+class Stopwatch(dict):
+    """Seconds of each stage, by name."""
+    def __init__(self):
+        self.since = time.perf_counter()
+
+    def lap(self, stage):
+        self[stage], self.since = round(time.perf_counter() - self.since, 1), time.perf_counter()
+
+
+def count_parameters(model, method):
+    """One line: how many parameters are frozen, trained, and active for one token."""
+    sizes = Counter()
+    for name, parameter in model.named_parameters():
+        adapter = parameter.requires_grad and name.startswith("llm.")
+        sizes["adapter" if adapter else name.split(".")[0]] += parameter.numel()
+    active = sizes["adapter"]
+    for mome in (module for module in model.modules() if isinstance(module, MoME)):
+        one_expert = sum(weight[0].numel() for weight in (mome.down, mome.down_bias, mome.up, mome.up_bias))
+        active -= (len(mome.down) - mome.n_active) * one_expert
+    return (f"frozen: encoders {sizes['encoders']:,}, LLM {sizes['llm']:,} parameters; "
+            f"trained: {'LoRA' if method == 'lora' else 'MoME'} {sizes['adapter']:,} ({active:,} active for "
+            f"one token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
 
 
 def table(rows):

@@ -1,16 +1,18 @@
 """What stage 3 starts from: checked flags, clips, and the model around its frozen parts, real ones or stand-ins."""
 import shutil
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from data import SPECIAL_TOKENS, TASKS, ClipError, common_words, load_tokenizer, make_tokenizer, parse_rates, task_streams
+from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
-from real.checkpoint import FLAGS, dtype_on, identify, read_parts, reading
+from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
+from real.files import CheckpointError
 from real.features import Features
 from real.folders import folder_clips
 from real.mouth import parse_box
@@ -18,6 +20,7 @@ from real.options import parse_snrs, percent
 from real.weights import llama_ids
 from toy.pretrain import pretrain
 from toy.talker import grid_sentences, talker_clips, write_talker_clips
+from toy.tokenizer import SPECIAL_TOKENS, common_words, make_tokenizer
 
 PROMPT = "Transcribe speech to text."    # for a real LLM, the same for all tasks; not in the paper
 MAX_HELD_OUT = 50                        # clips that --valid-every holds out, and at most a tenth of the training clips
@@ -44,6 +47,20 @@ def check_config(config):
         raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
+
+
+CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
+
+
+@contextmanager
+def threads(share):
+    """In this block a thread uses this share of the cores that torch takes by itself, at least one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(share * CORES)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cache_folder(config):
@@ -127,6 +144,18 @@ def set_up(config, tasks, device, watch):
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
     return model, clips, tokenizer, {"parts": known, "words": words}, features
+
+
+def load_for_test(config, tasks, device):
+    """--eval-only -> the model in --out, the dict of its config.json, the test clips."""
+    model, saved = load_model(config.out, config.real_paths, device=device)
+    if not config.data and {"audio", "video"} & set(saved["paths"]):
+        raise CheckpointError(f"{config.out}: its encoders are for real clips: name their folder by --data")
+    for task in tasks:
+        if not set(TASKS[task]) <= set(model.encoders):
+            streams = " and ".join(model.encoders)
+            raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
+    return model, saved, load_clips(config, tasks, model.config.audio, model.config.video)["test"]
 
 
 def write_samples(config, clips, folder):

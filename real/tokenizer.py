@@ -5,6 +5,7 @@ from pathlib import Path
 import tiktoken
 
 from real.files import WeightsError, read_json
+from toy.tokenizer import make_tokenizer
 
 # Regular expressions that cut text into words before BPE merges the bytes of each word.
 GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -37,14 +38,16 @@ class BPE(tiktoken.Encoding):
 
 
 def read_tokenizer(folder):
-    """The tokenizer of an HF folder -> BPE. Raises WeightsError if it is not byte-level BPE.
+    """The tokenizer of an HF folder -> BPE, or that of a checkpoint with a tiny Llama. Raises WeightsError.
 
-    It is read from tokenizer.json, or from tokenizer.model as Llama 3 has it."""
+    It is read from tokenizer.json, or from tokenizer.model as Llama 3 has it. Only byte-level BPE is supported."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
         return read_ranks(folder)
     file = read_json(path)
+    if "words" in file:
+        return make_tokenizer(file["words"])
     model, pattern = file.get("model", {}), word_pattern(file.get("pre_tokenizer"))
     if model.get("type") != "BPE" or model.get("byte_fallback") or file.get("normalizer") or pattern is None:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "

@@ -12,6 +12,7 @@ from extras import digits
 from real.files import write_json
 from toy import talker
 from toy.pretrain import spell
+from toy.tokenizer import common_words, make_tokenizer
 from encoders import FPS, SAMPLES_PER_FRAME
 
 
@@ -201,10 +202,10 @@ def test_normalize():
 
 
 def test_tokenizer(tmp_path):
-    words = data.common_words(["bin blue now", "bin now", "now"])
+    words = common_words(["bin blue now", "bin now", "now"])
     assert words == ["now", "bin", "blue"]
     write_json(tmp_path / "tokenizer.json", {"words": words})
-    for tokenizer in (data.make_tokenizer(words), data.load_tokenizer(tmp_path)):
+    for tokenizer in (make_tokenizer(words), data.load_tokenizer(tmp_path)):
         assert len(tokenizer.encode(" bin blue now")) == 3
         for text in ("bin blue", "never seen: ünïcode ☂ 12", "", " bin  <eos> "):
             assert tokenizer.decode(tokenizer.encode(text, disallowed_special=())) == text

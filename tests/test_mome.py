@@ -12,7 +12,8 @@ import data
 from mome import AVSR, Llama, LlamaConfig, MoME, pool
 from real.checkpoint import load_model, save_model
 from real.files import CheckpointError
-from sample import KVCache, decode, generate
+from sample import KVCache, generate
+from toy.tokenizer import make_tokenizer
 
 
 def random_mome(n_routed=6, top_k=2, n_shared=1, bottleneck=4, dim=16, seed=0):
@@ -411,7 +412,7 @@ def test_a_padded_batch_of_beams_equals_one_by_one(tiny, talker_clips):
 
 
 def test_one_batch_overfits_to_wer_0(talker_clips):
-    tokenizer = data.make_tokenizer(sorted({w for clip in talker_clips for w in clip.text.split()}))
+    tokenizer = make_tokenizer(sorted({w for clip in talker_clips for w in clip.text.split()}))
     model = tiny_avsr(vocab=tokenizer.n_vocab).train()
     x, labels = model.encode(features(talker_clips)), [tokenizer.encode(f" {clip.text}") for clip in talker_clips]
     pairs = [BOTH, {"audio": 8}]

@@ -20,7 +20,7 @@ from encoders import AudioConfig, AudioEncoder, log_mel
 from extras import cost
 from extras.baselines import add_lora
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
-from real import features
+from real import checkpoint, features
 from real.checkpoint import identify, load_model, save_model
 from real.clips import read_clip
 from real.files import CheckpointError, write_whole
@@ -89,7 +89,7 @@ def generate(model, encoded, rates, max_tokens=None):
 
 
 def run(capsys, *argv):
-    sample.load.cache_clear()
+    checkpoint.load_for_use.cache_clear()
     code = sample.main([str(a) for a in argv])
     told = capsys.readouterr()
     assert "Traceback" not in told.err
@@ -99,7 +99,7 @@ def run(capsys, *argv):
 def test_sample_reads_it_with_the_real_tokenizer_and_mel_bands(parts, real, capsys):
     code, lines, err = run(capsys, "--ckpt", real, "--json", "--verify")
     assert code == 0 and len(lines) == 2 and not err
-    model, config, tokenizer = sample.load(str(real))
+    model, config, tokenizer = checkpoint.load_for_use(str(real))
     assert model.config.audio.n_mels == 128 and model.config.video.picture == 96
     clips = [read_clip(json.loads(line)["clip"], size=96, n_mels=128) for line in lines]
     encoded = [model.encode(data.batch([clip], ["audio", "video"])) for clip in clips]

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
-from functools import partial
 
 import jiwer
 import numpy as np
@@ -23,12 +22,13 @@ import train
 from extras import auto, baselines
 from mome import AVSRConfig, Llama, LlamaConfig
 from real import clips as data_command
-from real import media
+from real import checkpoint, media
 from real.clips import read_clip
-from real.options import parse_options
+from real.options import parse_options, parse_sample_options
 from real.subtitles import write_srt
 from toy import pretrain
 from toy.talker import talker_clip, write_talker_clips
+from toy.tokenizer import make_tokenizer
 
 TINY = "--clips 12 --valid-clips 6 --test-clips 4 --audio-steps 1 --video-steps 1 --ctc-steps 2 --llm-steps 1 --steps 2 --snr clean,-5".split()
 
@@ -95,8 +95,10 @@ def test_readme_commands_parse():
         argv = shlex.split(arguments, comments=True)
         if name == "train":
             parse_args(argv)
+        elif name == "sample":
+            parse_sample_options(argv, "")
         else:
-            {"sample": sample, "data": data_command}[name].parse_args(argv)
+            data_command.parse_args(argv)
 
 
 def test_the_readme_is_short():
@@ -131,7 +133,7 @@ def test_what_fails_in_a_step_ends_training():
 
 def test_stage_2_reads_letters_and_writes_words():
     """Text alone goes in: the bytes of a sentence; its words are the labels. No sentence of the test split is among them."""
-    tokenizer, rows = data.make_tokenizer(["bin", "blue", "now"]), []
+    tokenizer, rows = make_tokenizer(["bin", "blue", "now"]), []
     config = AVSRConfig(LlamaConfig(tokenizer.n_vocab, 16, 1, 2, 2, 16), bos=259, eos=260, prompt=(261,))
     llm = Llama(config.llm)
     table = llm.embed_tokens.weight.detach().clone()
@@ -359,7 +361,7 @@ def test_sample_rate_auto_and_all(trained, capsys):
     assert 0 < flops[0] < flops[1] and "x real time" in lines[0]
     code, lines, _ = run(capsys, "--ckpt", trained, clip, "--rate", "all", "--task", "vsr", "--json")
     assert code == 0 and [json.loads(line)["video_rate"] for line in lines] == [8, 2] and json.loads(lines[0])["flops"] > 1e6
-    model, config, _ = sample.load(str(trained))
+    model, config, _ = checkpoint.load_for_use(str(trained))
     assert set(config["auto"]) == set(sample.TASKS) and config["longest"] > 1
     for threshold, rates, passes in ((-1e9, (4, 8), [(4, 8)]), (1e9, (3, 3), [(4, 8), (3, 3)])):  # never and always in doubt
         config["auto"]["avsr"] = threshold
@@ -369,7 +371,7 @@ def test_sample_rate_auto_and_all(trained, capsys):
     del config["auto"]
     with pytest.raises(ValueError, match="no threshold for avsr; train it with --valid-every"):
         sample.transcribe(clip, str(trained), rate="auto")
-    sample.load.cache_clear()
+    checkpoint.load_for_use.cache_clear()
 
 
 def test_decode_goes_on_only_with_the_clips_in_doubt(tiny, talker_clips):
@@ -398,7 +400,7 @@ def test_calibration(tiny, talker_clips, monkeypatch):
 
 
 def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
-    model, config, _ = sample.load(str(trained))
+    model, config, _ = checkpoint.load_for_use(str(trained))
     clips = [talker_clip(("test", i, 0, 64, True)) for i in range(10)]
     media.write_mp4(tmp_path / "long.mp4", np.concatenate([clip.frames for clip in clips]), np.concatenate([clip.wave for clip in clips]))
     heard = []
@@ -418,7 +420,7 @@ def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
 
 
 def test_sample_agrees_with_training(trained):
-    model, config, tokenizer = sample.load(str(trained))
+    model, config, tokenizer = checkpoint.load_for_use(str(trained))
     clip = sorted((trained / "samples").glob("*.mp4"))[0]
     answer = sample.transcribe(clip, trained, rate="4:8")
     row = sample.evaluate(model, [read_clip(clip, text="bin blue at f two now")], sample.fixed_plan(["avsr"], [(4, 8)]), [None], tokenizer)[0]

@@ -23,11 +23,12 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import batch, common_words, drawn_clips, to_device
+from data import batch, drawn_clips, to_device
 from encoders import FPS
 from mome import Llama
 from real.files import write_whole
 from toy.talker import LEXICON
+from toy.tokenizer import common_words
 
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
 LLM_BATCH = 16     # sentences in a step of stage 2
