@@ -9,8 +9,7 @@ a media file (real/clips.py). From the command line:
 Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 """
 import random
-import re
-import sys
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from functools import lru_cache
 from itertools import product
 
 import numpy as np
+import regex
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,6 +25,7 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
+MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 
 
 class ClipError(ValueError):
@@ -176,6 +177,7 @@ def batch(clips, streams, rng=None, voices=()):
     With a random.Random `rng` the clips are augmented, with babble of the clips `voices`. Real clips also
     change their pace."""
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
+    paces = [min(pace, MAX_SECONDS / clip.duration) for pace, clip in zip(paces, clips)]
     features = {}
     if "audio" in streams:
         rows = []
@@ -230,9 +232,14 @@ def prefetched(make, steps, ahead=4):
 
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
-    """Lower case; letters, digits and apostrophes; single spaces. Training, WER and transcripts share it."""
-    text = text.lower().replace("’", "'")
-    return " ".join(re.sub(r"[^\w']|_", " ", text).split())
+    """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
+
+    Training, WER and transcripts share it. Unicode's NFC makes equal words equal, in whatever encoding."""
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+    text = regex.sub("[\u00ad\u2060\u200e\u200f]", "", text)     # hyphens and marks that are not seen
+    text = regex.sub("[’‘ʼ＇`´]", "'", text)
+    letters = r"[\p{L}\p{M}\p{N}\u200c\u200d]+"                  # with the joiners of Persian and Hindi
+    return " ".join(regex.findall(f"{letters}(?:'{letters})*", text))
 
 
 def load_tokenizer(folder):
@@ -243,4 +250,5 @@ def load_tokenizer(folder):
 
 if __name__ == "__main__":
     from real.clips import main     # the command line; real/clips.py imports this module
-    sys.exit(main(sys.argv[1:]))
+    from real.files import run_script
+    run_script(main)

@@ -16,22 +16,22 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby, islice, product
+from itertools import product
 from pathlib import Path
 
-import jiwer
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, TOKENS_PER_SECOND, ClipError, batch, in_babble, normalize
-from data import parse_rates, task_rates, task_streams, to_device
+from data import MAX_SECONDS, parse_rates, task_rates, task_streams, to_device
 from encoders import valid_mask
 from real import media, mouth
 from real.checkpoint import FLAGS, load_for_use, reading
-from real.clips import choose_task, read_pieces
-from real.files import run_script
+from real.clips import alike, choose_task, read_pieces
+from real.files import expanded, note, run_script, shown
 from real.options import parse_sample_options
+from real.report import error_rates
 from real.subtitles import write_srt
 
 TEST_BATCH = 50     # hypotheses that are decoded together in a test
@@ -164,26 +164,28 @@ def trained_rates(task, config):
 def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **parts):
     """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (which the
     LLM reads before the first word), duration (s), seconds (spent), logprob (mean per output token), and
-    segments, which have start, end, text and the like for each piece.
+    segments, which have start, end, text and the like for each piece; `on_segment` is called with each.
 
-    `on_segment` is called with each segment. rate: see decoder_at. box: see real/mouth.py. parts: see
-    real.checkpoint.load_for_use. Raises ClipError for a clip, ValueError for a rate, CheckpointError or
-    WeightsError for a checkpoint that cannot be used."""
+    rate: see decoder_at. box: see real/mouth.py. parts: see real.checkpoint.load_for_use. ClipError,
+    ValueError, CheckpointError or WeightsError say which clip, rate or checkpoint cannot be used."""
     model, config, tokenizer = load_for_use(str(ckpt), **parts)
     began, segments, n_ids = time.perf_counter(), [], []
     source = media.probe(path)
-    longest = config.get("longest", media.MAX_SECONDS)                       # training clip, in seconds
-    longest = min(1.1 * longest + 0.5, media.MAX_SECONDS)
-    streams = TASKS[task] if task else tuple(model.encoders)
+    longest = config.get("longest", MAX_SECONDS)                       # training clip, in seconds
+    longest = min(1.1 * longest + 0.5, MAX_SECONDS)
+    task = choose_task(path, source.streams, model, task)
+    if task not in config["tasks"]:
+        note(f"{shown(path)}: is read by task {task}, for which this model was not trained")
     sizes = reading(model.config.audio, model.config.video)
-    pieces = read_pieces(source, longest, streams=streams, box=box, **sizes)
+    pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
     bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
     with tqdm(total=round(source.seconds), **bar) as progress:
-        while group := list(islice(pieces, PIECES)):
+        for group in alike(pieces, PIECES, lambda piece: piece[1].streams):
             starts, clips = zip(*group)
-            task = choose_task(clips[0], model, task)
-            features = to_device(batch(clips, TASKS[task]), model.device)
-            answers = decoder_at(rate, task, config)(model, model.encode(features), beam=beam)
+            streams = clips[0].streams                                       # a silent piece lacks one
+            decoder = decoder_at(rate, choose_task(path, streams, model), config)
+            features = to_device(batch(clips, streams), model.device)
+            answers = decoder(model, model.encode(features), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
                 n_ids.append(len(ids) + 1)                                   # with <eos>
                 segments.append({
@@ -201,9 +203,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     columns = {}
     for key in segments[0]:
         columns[key] = [segment[key] for segment in segments]
-    whole = {}
-    for key in ("audio_rate", "video_rate"):
-        whole[key] = columns[key][0] if len(set(columns[key])) == 1 else "auto"
+    whole = {key: columns[key][0] if len(set(columns[key])) == 1 else "auto"
+             for key in ("audio_rate", "video_rate")}
     logprob = sum(map(operator.mul, columns["logprob"], n_ids)) / sum(n_ids)
     return {
         "clip": str(path),
@@ -234,11 +235,8 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     and rates. Lips hear no noise: vsr is decoded clean only. The order of clips is the same in all lists."""
     voices = [clip for clip in clips if "audio" in clip.streams]
     used = task_streams(task for task, _ in plan.values())
-    size, chunks = max(1, TEST_BATCH // beam), []
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
-    for _, group in groupby(clips, lambda clip: clip.streams):
-        while chunk := list(islice(group, size)):
-            chunks.append(chunk)
+    chunks = list(alike(clips, max(1, TEST_BATCH // beam), lambda clip: clip.streams))
 
     def decode_chunk(chunk):
         results, encoded = {}, {}
@@ -267,7 +265,7 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
 
 
 def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
-    """Corpus WER (jiwer, after data.normalize) by task, rate and noise -> rows of metrics.json.
+    """Error rates of the corpus (after data.normalize) by task, rate and noise -> rows of metrics.json.
 
     plan: {(task, audio rate, video rate): (task, decoder)}, see fixed_plan."""
     rows = []
@@ -280,7 +278,7 @@ def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
                 "audio_rate": key[1],
                 "video_rate": key[2],
                 "snr_db": snr,
-                "wer": jiwer.wer(references, hypotheses),
+                **error_rates(references, hypotheses),
                 "words": len(" ".join(references).split()),
                 "clips": len(references),
                 "tokens": sum(tokens) / len(tokens),
@@ -299,7 +297,7 @@ def prepare(args, parts):
     if args.rate != "all":
         decoder_at(args.rate, args.task or config["tasks"][0], config)
     samples = sorted(Path(args.ckpt, "samples").glob("*"))
-    clips = args.clips or [path for path in samples if path.suffix.lower() in media.SUFFIXES]
+    clips = expanded(args.clips) or [path for path in samples if path.suffix.lower() in media.SUFFIXES]
     if not clips:
         raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
     return clips
@@ -314,11 +312,8 @@ def transcribe_and_print(path, args, **options):
     if args.rate == "all":
         from extras.every_rate import print_every_rate
         return print_every_rate(path, args.json, **options)
-    def show(segment):
-        tqdm.write(segment["text"])
-
     piecewise = sys.stdout.isatty() and not args.json
-    on_segment = show if piecewise else None
+    on_segment = (lambda segment: tqdm.write(segment["text"])) if piecewise else None
     result = transcribe(path, rate=args.rate, on_segment=on_segment, **options)
     if not piecewise:
         print(json.dumps(result) if args.json else result["text"], flush=True)
@@ -328,7 +323,7 @@ def transcribe_and_print(path, args, **options):
 
 def main(argv=None):
     args = parse_sample_options(argv, __doc__)
-    parts = {name: getattr(args, name) for name in ("verify", *FLAGS)}
+    parts = {name: getattr(args, name) for name in ("verify", "device", *FLAGS)}
     try:
         clips = prepare(args, parts)
     except (ValueError, OSError) as error:
@@ -339,6 +334,8 @@ def main(argv=None):
     for path in clips:
         try:
             transcribe_and_print(path, args, **options, **parts)
+        except BrokenPipeError:
+            raise
         except (ClipError, OSError) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1

@@ -15,7 +15,6 @@
 import math
 import random
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,10 +28,10 @@ from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
-from real.files import CheckpointError, WeightsError, note, run_script, write_json
+from real.files import ERRORS, TrainingError, note, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, count_parameters, table
-from real.setup import check_config, load_for_test, set_up, threads, write_samples
+from real.setup import check_config, load_for_test, own_folder, set_up, threads, write_samples
 from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
@@ -152,6 +151,9 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, che
             loss = (cross_entropy + BALANCE_WEIGHT * balance) / len(rate_sets)
             loss.backward()
             total += loss.item()
+        if not math.isfinite(total):
+            names = ", ".join(clip.name for clip in drawn_clips(usable[task], config.batch_size, seed, step))
+            raise TrainingError(f"step {step}: the loss is {total}; try a smaller --lr; its clips: {names}")
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         optimizer.step()
@@ -175,7 +177,6 @@ def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
-    out.mkdir(parents=True, exist_ok=True)
     saved = {"rates": pairs, "tasks": tasks, "method": config.method,
              "longest": max(clip.duration for clip in clips["train"])}
     torch.manual_seed(config.seed)
@@ -220,7 +221,8 @@ def run(config):
                          method=saved["method"])
         watch.lap("clips")
     else:
-        model, saved, clips = train(config, tasks, pairs, device, watch)
+        with own_folder(out):
+            model, saved, clips = train(config, tasks, pairs, device, watch)
     tokenizer = load_tokenizer(saved["paths"].get("llm", out))
     plan = fixed_plan(tasks, pairs)
     if set(map(tuple, saved["rates"])) <= set(pairs):       # auto's cost is compared with the trained rates
@@ -246,11 +248,8 @@ def main(argv=None):
     try:
         with threads(0.5):                                  # two things run side by side in every stage
             run(config)
-    except (ClipError, CheckpointError, WeightsError, OSError) as error:
+    except (*ERRORS, ClipError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print("train.py: a worker process was killed; is there enough memory?", file=sys.stderr)
         return 2
     return 0
 

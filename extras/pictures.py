@@ -34,7 +34,7 @@ def read(folder, paths=None):
     if not paths:
         raise FileNotFoundError(f"{folder}/samples: no clips there")
     clips = [read_clip(path, streams=tuple(model.encoders), **options) for path in paths]
-    return model, config, clips, choose_task(clips[0], model)
+    return model, config, clips, choose_task(clips[0].name, clips[0].streams, model)
 
 
 def clip_picture(figure, folder, path=None):

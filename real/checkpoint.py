@@ -4,6 +4,7 @@ A folder holds model.safetensors (the trained tensors and the stand-ins), config
 method, rates, tasks) and, if the LLM is a stand-in, tokenizer.json. Real parts are frozen and large. So a checkpoint
 only stores their paths and fingerprints.
 """
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from data import load_tokenizer
+from data import TASKS, load_tokenizer
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
-from real.files import CheckpointError, WeightsError, write_json, write_whole
-from real.weights import fingerprint
+from real.files import CheckpointError, WeightsError, to_json, write_together
+from real.weights import fingerprint, refuse_pointer
 
-FORMAT = 2  # raise it when old checkpoints can no longer be loaded
+FORMAT = 3  # raise it when old checkpoints can no longer be loaded
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")    # the fields of LlamaConfig that describe MoME
+MOST = {"n_layers": 1000, "dim": 100_000, "n_heads": 10_000, "vocab_size": 10_000_000, "ffn_dim": 1_000_000,
+        "n_routed": 10_000, "n_shared": 10_000, "bottleneck": 100_000, "max_tokens": 1_000_000}     # of any model
 PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # the modules that may be real
 FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # the flags that name their files
 
@@ -54,12 +57,13 @@ def stored(name, parts):
 
 def save_model(model, folder, parts, words=None, **more):
     """Write a checkpoint. `parts` comes from `identify`, `words` from a stand-in tokenizer; config.json gets `more`."""
-    folder = Path(folder)
-    state = {name: tensor for name, tensor in model.state_dict().items() if stored(name, parts)}
-    write_whole(folder / "model.safetensors", lambda path: save_file(state, path))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if stored(name, parts)}
+    files = {"model.safetensors": save(state)}
     if words is not None:
-        write_json(folder / "tokenizer.json", {"words": list(words)})
-    write_json(folder / "config.json", {"format": FORMAT, "model": asdict(model.config), "parts": parts, **more})
+        files["tokenizer.json"] = to_json({"words": list(words)})
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["config.json"] = to_json({"format": FORMAT, "model": asdict(model.config), "parts": parts, "files": digests, **more})
+    write_together({Path(folder, name): content for name, content in files.items()})
 
 
 def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
@@ -71,7 +75,9 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
         if not Path(folder, name).is_file():
             raise CheckpointError(f"{folder}: no {name} here; train a model into it: python train.py --out {folder}")
     try:
+        refuse_pointer(Path(folder, "model.safetensors"))
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        check_together(folder, config)
         return read_model(folder, config, paths or {}, verify, device), config
     except (CheckpointError, WeightsError):
         raise
@@ -80,10 +86,28 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
         raise CheckpointError(f"{folder}: damaged, or of another version: {reason}") from None
 
 
+def check_together(folder, config):
+    """Raises CheckpointError if the files of a checkpoint are not of one run, or if its sizes are beyond reason."""
+    if "model" in config and config.get("format", 1) < FORMAT:
+        raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
+    for name, digest in config["files"].items():
+        path = Path(folder, name)
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise CheckpointError(f"{folder}: its {name} is missing, damaged or of another run than its config.json")
+    for part, sizes in config["model"].items():
+        for name, size in (sizes.items() if isinstance(sizes, dict) else ()):
+            if name in MOST and size > MOST[name]:
+                raise CheckpointError(f"{folder}: damaged: {part}.{name} is {size:,} in config.json, at most {MOST[name]:,}")
+    if not set(config.get("tasks", ())) <= set(TASKS) or any(rate < 1 for pair in config.get("rates", ()) for rate in pair):
+        raise CheckpointError(f"{folder}: damaged: config.json has tasks or rates that do not exist")
+
+
 @lru_cache(maxsize=1)
-def load_for_use(ckpt, verify=False, **paths):
+def load_for_use(ckpt, verify=False, device="auto", **paths):
     """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     paths = {part: path for part, path in paths.items() if path}
     model, config = load_model(ckpt, paths, verify, device)
     return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
@@ -92,8 +116,6 @@ def load_for_use(ckpt, verify=False, **paths):
 def read_model(folder, config, paths, verify, device):
     """The AVSR of a checkpoint, for `load_model`, which explains errors. Adds "paths" to the config."""
     saved, parts = config["model"], config["parts"]
-    if config.get("format", 1) < FORMAT:
-        raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
     if unknown := [FLAGS[part] for part in paths if part not in parts]:
         raise CheckpointError(f"{folder}: holds its own stand-in for what {unknown[0]} names; leave {unknown[0]} out")
     sizes = {part: saved[part] and PARTS[part].Config(**as_tuples(saved[part])) for part in PARTS}

@@ -7,87 +7,139 @@ import argparse
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import count
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 
-from data import TASKS, Clip, ClipError, with_log_power
+from data import MAX_SECONDS, TASKS, Clip, ClipError, with_log_power
 from encoders import FPS, SAMPLES_PER_FRAME
 from real import media
-from real.files import note, shown, write_whole
-from real.media import MAX_SECONDS, MIN_FRAMES, clip_error
-from real.mouth import mouths
+from real.files import SPAN, note, shown, write_whole
+from real.media import MIN_FRAMES, clip_error
+from real.mouth import HINT, mouths
 
 
-def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None):
+MISSING = 0.05         # share of a damaged clip for training that may be missing
+UNHEARD = 2 * FPS      # frames: where the sound is silent or over for this long, the lips show where speech is
+
+
+def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None, span=None):
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
-    With `longest` None the file is read as one clip. Damage that ffmpeg reports is then an error, otherwise a note.
+    With `longest` None the file, or `span` (start and end in seconds) of it, is read as one clip. Damage that ffmpeg
+    reports is then an error, otherwise a note.
     `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths."""
     def lips():
         return closing(mouths(selected, size, box, cache))
 
-    # 1. Where are the pauses? The sound shows them, even if only the pictures are read.
+    # 1. Where does somebody speak? The sound shows it, even if only the pictures are read; else the lips do.
     max_frames = round((longest or MAX_SECONDS + 1) * FPS)
-    level = media.loudness(source) if longest and source.has_sound else []
-    silent = len(level) > 0 and max(level) < -80
-    audible = replace(source, has_sound=source.has_sound and not silent)
-    selected = media.select_streams(audible, streams)
-    if longest and not audible.has_sound:
-        level = []
-        if source.seconds > longest:
+    spans, name, skipped = [(start, start + max_frames) for start in range(0, 10 * max_frames, max_frames)], str(source.path), 0
+    selected = media.select_streams(source, streams)
+    if span:
+        spans, name = [(round(span[0] * FPS), round(span[1] * FPS))], f"{name}{SPAN}{span[0]:g},{span[1]:g}"
+    if longest:
+        level = media.loudness(source) if source.has_sound else np.zeros(0)
+        active = media.active_frames(level, media.SILENCE, rise=6)
+        n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
+        level, active = (np.pad(x, (0, n_frames - len(level)), constant_values=rest) for x, rest in ((level, -200), (active, False)))
+        unheard = long_runs(level <= media.SILENCE, UNHEARD)
+        if selected.picture_size and unheard.any() and n_frames > max_frames:
             with lips() as pictures:
-                level = media.motion(pictures)
-    spans = ((start, start + max_frames) for start in count(0, max_frames))
-    if len(level) > max_frames:
-        spans = media.speech_spans(level, max_frames)
+                motion = media.motion(pictures)[:n_frames]
+            moving = media.active_frames(motion, 0.5, rise=3)
+            active[:len(motion)] |= moving & unheard[:len(motion)]
+            level[:len(motion)][unheard[:len(motion)]] = motion[unheard[:len(motion)]] - 200
+        if n_frames > max_frames:
+            spans = media.speech_spans(active, level, max_frames)
+            skipped = n_frames - sum(end - start for start, end in spans)
 
     # 2. Decode the sound, find the mouths, cut both into pieces, make the clips.
-    end = 0  # of the last piece, in frames
+    end = n_pieces = 0  # end of the last piece, in frames
+    unused = set()      # streams that are there and say nothing
     with ExitStack() as stack:
         sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
         pictures = stack.enter_context(lips()) if selected.picture_size else None
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
-            if not longest and wave is not None and np.abs(wave).max() < 1e-4:
-                wave = None  # with `longest`, step 1 has looked for silence
+            end = start + (len(wave) // SAMPLES_PER_FRAME if frames is None else len(frames))
+            if end - start < MIN_FRAMES:
+                continue
+            if frames is None and selected.picture_size and not longest:
+                raise clip_error(source.path, f"no face in it for over a second; {HINT}")
+            if wave is not None and np.abs(wave).max() < 1e-4:
+                wave, unused = None, unused | {"sound is silent"}
+            if wave is None and frames is not None and media.is_still(frames):
+                frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
-            end = start + (len(wave) // SAMPLES_PER_FRAME if frames is None else len(frames))
-            if end < MIN_FRAMES:
-                break
-            yield start / FPS, with_log_power(Clip(str(source.path), text, wave, frames), n_mels)
+            n_pieces += 1
+            yield start / FPS, with_log_power(Clip(name, text, wave, frames), n_mels)
 
     # 3. Is anything wrong with the file?
-    if end == 0:
-        raise clip_error(source.path, "its sound is silent" if source.has_sound else "no picture in it can be read")
-    if end < MIN_FRAMES:
+    if not n_pieces and 0 < end < MIN_FRAMES:
         raise clip_error(source.path, f"{end / FPS:.2f} s long, too short for a word")
-    if source.complaints and not longest:
-        raise clip_error(source.path, f"damaged; ffmpeg says: {source.complaints[0]}")
+    if not n_pieces:
+        silent = ["its sound is silent"] * source.has_sound + ["its pictures do not move"] * bool(selected.picture_size)
+        raise clip_error(source.path, " and ".join(silent) if end or not spans else "no picture in it can be read")
+    if source.complaints and not longest and end < (1 - MISSING) * source.seconds * FPS:
+        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.seconds:.1f} s can be read; "
+                                      f"ffmpeg says: {source.complaints[0]}")
     if source.complaints:
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
+    for reason in sorted(unused):
+        note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
+    if skipped > 10 * FPS:
+        note(f"{shown(source.path)}: {skipped / FPS:.0f} s without speech are skipped")
 
 
-def read_clip(path, **reading):
-    """A media file of at most 30 s -> Clip. `reading` are arguments of `read_pieces`. Raises ClipError."""
-    (_, clip), *more = read_pieces(media.probe(path), None, **reading)
+def long_runs(x, shortest):
+    """x (T,) bool -> (T,) bool: true in the runs of true of at least `shortest`."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], x, [0]])))
+    runs = np.zeros(len(x), bool)
+    for start, end in zip(edges[::2], edges[1::2]):
+        runs[start:end] = end - start >= shortest
+    return runs
+
+
+def read_clip(path, span=None, sound=None, **reading):
+    """A media file of at most 30 s, or `span` of it, start and end in seconds -> Clip. Raises ClipError.
+
+    `sound`: the file with the sound, if `path` has pictures only. `reading` are arguments of `read_pieces`."""
+    source, streams = media.probe(path), reading.get("streams", ("audio", "video"))
+    if sound and not source.has_sound and "audio" in streams:
+        voice = read_clip(sound, span, **reading | {"streams": ("audio",)})
+        if "video" not in streams:
+            return voice
+        clip = read_clip(path, span, **reading)
+        missing = len(clip.frames) * SAMPLES_PER_FRAME - len(voice.wave)
+        wave = np.pad(voice.wave, (0, max(0, missing)))[:len(voice.wave) + missing]
+        return with_log_power(replace(clip, wave=wave), len(voice.log_power))
+    if not span and source.seconds > MAX_SECONDS + 1:    # the header knows
+        raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
+    (_, clip), *more = read_pieces(source, None, span=span, **reading)
     if more or clip.duration > MAX_SECONDS:
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     return clip
 
 
-def choose_task(clip, model, task=None):
-    """`task` if clip and model have its streams; None: the task with all streams that both have."""
-    common = tuple(stream for stream in model.encoders if stream in clip.streams)
+def alike(items, most, key):
+    """Yield lists of up to `most` neighbours of the same `key(item)`."""
+    for _, same in groupby(items, key):
+        while group := list(islice(same, most)):
+            yield group
+
+
+def choose_task(name, streams, model, task=None):
+    """`task`, if the model and the clip `name`, which has `streams`, have what it needs. Without a task: the one that
+    uses all streams that both have. Raises ClipError."""
+    common = tuple(stream for stream in model.encoders if stream in streams)
     if task is None and common:
-        return next(name for name, streams in TASKS.items() if streams == common)
+        return next(task for task, needed in TASKS.items() if needed == common)
     if task is None or not set(TASKS[task]) <= set(common):
-        needs = f"the model reads {' and '.join(model.encoders)}"
-        if task:
-            needs = f"task {task} needs {' and '.join(TASKS[task])}"
-        raise ClipError(f"{shown(clip.name)}: the clip has {' and '.join(clip.streams)} only, and {needs}")
+        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else f"the model reads {' and '.join(model.encoders)}"
+        raise ClipError(f"{shown(name)}: the clip has {' and '.join(streams)} only, and {needs}")
     return task
 
 
@@ -104,6 +156,7 @@ def parse_args(argv):
     if argv[:1] == ["check"]:
         parser.add_argument("command", help="check")
         parser.add_argument("folder", type=Path, help="of clips with transcripts, or with a manifest.csv")
+        parser.add_argument("--faces", action="store_true", help="look for the face in each clip too, which is slow")
         return parser.parse_args(argv)
     from toy.talker import SPLITS
     parser.add_argument("--out", type=Path, default=Path("clips"), help="folder to write (default %(default)s)")
@@ -123,7 +176,7 @@ def main(argv=None):
     from toy.talker import write_talker_clips  # are built on this one
     try:
         if args.command == "check":
-            return check(args.folder)
+            return check(args.folder, args.faces)
         for path in write_talker_clips(args.out, args.count, args.part, args.seed):
             print(path)
     except (ClipError, OSError) as error:

@@ -25,9 +25,9 @@ from tqdm import tqdm
 import data
 from encoders import SAMPLE_RATE
 from real.files import write_whole
-from real.media import MAX_SECONDS
 
-VERSION = 1         # raise it when this file, data.py or encoders.py makes other features of the same clips
+
+VERSION = 2         # raise it when this file, data.py or encoders.py makes other features of the same clips
 BATCH_SECONDS = 48  # seconds of clips that are encoded together
 
 
@@ -58,7 +58,7 @@ def augmented(clip, stream, voices, rng):
     """The clip with one stream augmented. Its audio and its video get the same pace from equal `rng`s.
 
     Audio is distorted. Mouths are shifted by up to 4 pixels, and half of the clips are mirrored."""
-    pace = min(rng.uniform(0.8, 1.25), MAX_SECONDS / clip.duration)
+    pace = min(rng.uniform(0.8, 1.25), data.MAX_SECONDS / clip.duration)
     if stream == "audio":
         wave = distort(clip.wave, pace, voices, rng)
         return data.with_log_power(replace(clip, wave=wave), n_mels=len(clip.log_power))
@@ -72,6 +72,11 @@ def digest(key):
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
 
+def content(clip, stream):
+    """A hash of the sound or the pictures of a clip: another file, or another `--box`, has another."""
+    return hashlib.sha256(np.ascontiguousarray(clip.wave if stream == "audio" else clip.frames)).hexdigest()[:40]
+
+
 class Features:
     """The encoded clips of one training run, in `folder`. Missing ones are made at once.
 
@@ -81,13 +86,13 @@ class Features:
     def __init__(self, folder, model, identity, clips, copies, seed):
         self.folder, self.model, self.identity, self.copies, self.seed = Path(folder), model, identity, copies, seed
         self.voices = [clip.wave for clip in clips if clip.wave is not None]
-        self.babble_key = digest([seed, sorted(os.path.abspath(clip.name) for clip in clips)])  # all clips make babble
+        self.contents = {(clip.name, stream): content(clip, stream) for clip in clips for stream in clip.streams}
+        self.babble_key = digest([seed, sorted(self.contents.values())])  # all clips make babble
         self.fill(clips)
 
     def path(self, clip, copy, stream):
         """The file of one stream of a clip. Copy 0 is the clip itself."""
-        stat = os.stat(clip.name)
-        name = digest([VERSION, os.path.abspath(clip.name), stat.st_size, stat.st_mtime_ns, self.identity[stream],
+        name = digest([VERSION, os.path.abspath(clip.name), self.contents[clip.name, stream], self.identity[stream],
                        [copy, self.babble_key] if copy else 0])
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 

@@ -1,9 +1,14 @@
 """Small helpers that many files share: errors, messages, files that are written as a whole, and the end of a script."""
+import errno
 import json
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from glob import glob
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -13,6 +18,24 @@ class WeightsError(ValueError):
 
 class CheckpointError(ValueError):
     """A folder has no readable checkpoint. The message names the folder and what is wrong with it."""
+
+
+class TrainingError(ValueError):
+    """Training cannot go on. The message says at which step, why, and what to do."""
+
+
+ERRORS = (CheckpointError, TrainingError, WeightsError, OSError, BrokenProcessPool)    # each is said in one line
+SPAN = "#t="    # in the name of a clip that is a part of a file: what follows is its start and end in seconds
+
+
+def file_of(name):
+    """The name of a clip -> the path of its file."""
+    return name.partition(SPAN)[0]
+
+
+def expanded(paths):
+    """Paths, where a pattern like *.mp4 that the shell left is replaced by what it matches."""
+    return [found for path in paths for found in (not Path(path).exists() and sorted(glob(str(path))) or [path])]
 
 
 def shown(path):
@@ -29,19 +52,48 @@ def write_whole(path, write):
     """Call write(temporary path) and then rename that file to `path`, so that `path` never holds half a file.
 
     Raises OSError, which names `path`."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    path, temporary = Path(path), temporary_of(path)
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:  # it names the temporary file, which the user does not know
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    except (OSError, SafetensorError) as error:  # it names the temporary file, which the user does not know
+        raise plain(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_together(contents):
+    """{path: bytes} -> all these files or none of them: no file is replaced before all are on the disk."""
+    try:
+        for path, content in contents.items():
+            temporary_of(path).write_bytes(content)
+        for path in contents:
+            os.replace(temporary_of(path), path)
+    except OSError as error:
+        raise plain(error, path) from None
+    finally:
+        for path in contents:
+            temporary_of(path).unlink(missing_ok=True)
+
+
+def temporary_of(path):
+    """The path at which a file is written before it is renamed to `path`."""
+    return Path(path).with_name(f".{Path(path).name[:200]}.{os.getpid()}")
+
+
+def plain(error, path):
+    """An OSError that says why `path` could not be written."""
+    return OSError(getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error), str(path))
+
+
+def to_json(value):
+    """A value as JSON, in bytes. A number that is none, like NaN, is a ValueError."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 def write_json(path, value):
     """Write a value as JSON."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8"))
+    write_together({Path(path): to_json(value)})
 
 
 def read_json(path):
@@ -53,12 +105,19 @@ def read_json(path):
 
 
 def run_script(main):
-    """Call main() and exit with its code. Ctrl-C and a closed pipe end the script without a traceback."""
+    """Call main() and exit with its code. Ctrl-C and a closed pipe end the script without a traceback.
+
+    A letter that the terminal's encoding lacks is printed as its escape sequence, not as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    except torch.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: not enough memory on the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        code = 2
     except BrokenPipeError:  # as in `python sample.py ... | head -1`; without this, flushing stdout fails at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

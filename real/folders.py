@@ -1,18 +1,13 @@
-"""A folder of clips with their transcripts -> training clips and test clips. A folder has one of these layouts:
+"""A folder of clips with their transcripts (real/layouts.py) -> training clips and test clips.
 
-    manifest.csv                     path,text[,split,talker]: paths relative to the folder; split: train or test
-    NAME.mp4, NAME.txt               LRS2, LRS3 or your own: the text is the first line, after an optional `Text:`
-    s1/NAME.mpg, align/NAME.align    GRID as downloaded: align/ in s1/ or beside it, or the files side by side
-
-The splits are those of the manifest, or else the folders train (trainval, pretrain) and test. Without either, a fifth
-of the talkers is held out for testing, or of the clips if there is one talker. Talkers are named in the manifest, or
-are the folders at the highest level that has several. No sentence is in both splits.
+Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
+talker. Talkers are named in a manifest, or are the folders at the highest level that has several. No sentence is in
+both splits.
 """
-import csv
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,93 +16,40 @@ from tqdm import tqdm
 from data import ClipError, normalize
 from real.clips import read_clip
 from real.files import note, shown
-from real.media import SUFFIXES, clip_error
+from real.layouts import recognise, transcript
+from real.media import clip_error
 
-SPLITS = {"train": "train", "trainval": "train", "pretrain": "train", "test": "test"}  # folder or column -> split
 MAX_LETTERS = 50  # in a second of speech
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A clip that is not read yet. `text` None: its transcript is in a file beside it."""
-    path: Path
-    talker: str
-    split: str | None = None
-    text: str | None = None
-
-
-# --- which clips there are -------------------------------------------------------------------------------------------
-
 def entries(folder):
-    """A folder -> [Entry], each of split "train", "test" or None (an unused one, like val). Raises ClipError."""
+    """A folder -> (name of its layout, [layouts.Entry], what is passed over in words). Raises ClipError.
+
+    An entry's split is train, valid or test."""
     folder = Path(folder)
     if not folder.is_dir():
         raise clip_error(folder, "no such folder")
-    manifest = folder / "manifest.csv"
-    listed = read_manifest(manifest) if manifest.is_file() else walk(folder)
+    layout, listed, passed_over = recognise(folder)
     if not listed:
         raise clip_error(folder, "no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them, "
                                  "or a manifest.csv")
+    words = ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed_over.items()))
     if any(entry.split for entry in listed):
-        return [replace(entry, split=SPLITS.get(entry.split)) for entry in listed]
+        return layout, [entry for entry in listed if entry.split], words
     one_talker = len({entry.talker for entry in listed}) == 1
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
     shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
     test = shuffled[:max(1, len(shuffled) // 5)]
-    return [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)]
+    return layout, [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)], words
 
-
-def walk(folder):
-    """All media files below a folder -> [Entry]. The talker is the folder at the highest level that has several."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    parents = [path.relative_to(folder).parts[:-1] for path in paths]
-    if (folder / "test").is_dir() and any((folder / name).is_dir() for name in SPLITS if name != "test"):
-        return [Entry(path, "/".join(names[1:2]), "".join(names[:1])) for path, names in zip(paths, parents)]
-    depth = next((n for n in range(1, 9) if len({names[:n] for names in parents}) > 1), 0)
-    return [Entry(path, "/".join(names[:depth])) for path, names in zip(paths, parents)]
-
-
-def read_manifest(path):
-    """A manifest.csv -> [Entry]. Raises ClipError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            for name in ("path", "text"):
-                if name not in (rows.fieldnames or ()):
-                    raise clip_error(path, f"no column {name!r}; its first line should be path,text[,split,talker]")
-            return [Entry(path.parent / (row["path"] or ""), row.get("talker") or "", row.get("split") or None,
-                          row["text"] or "") for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise clip_error(path, f"not a table in UTF-8: {error}") from None
-
-
-def transcript(path):
-    """The text of the clip at `path`: the first line of its .txt without LRS's `Text:`, or the words of its .align."""
-    txt, name = path.with_suffix(".txt"), path.with_suffix(".align").name
-    above = path.parent.parent / "align"
-    aligns = [path.with_name(name), path.parent / "align" / name, above / name, above / path.parent.name / name]
-    source = next((candidate for candidate in (txt, *aligns) if candidate.is_file()), None)
-    if source is None:
-        raise clip_error(path, f"no transcript, expected {shown(txt.name)} or {shown(name)} beside it")
-    try:
-        lines = source.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise clip_error(source, "not UTF-8 text; save it as UTF-8") from None
-    if source == txt:
-        return lines[0].removeprefix("Text:").strip() if lines else ""
-    words = [line.split()[2] for line in lines if len(line.split()) == 3]  # GRID's lines are: start end word
-    return " ".join(word for word in words if word not in ("sil", "sp"))
-
-
-# --- reading them ----------------------------------------------------------------------------------------------------
 
 def read_entry(entry, reading=None):
     """Entry -> Clip, or a ClipError, which is returned, not raised. `reading`: arguments of clips.read_pieces."""
     try:
-        text = normalize(transcript(entry.path) if entry.text is None else entry.text)
+        text = normalize(transcript(entry))
         if not text:
             raise clip_error(entry.path, "no words in its transcript, expected what is said")
-        clip = read_clip(entry.path, text=text, **(reading or {}))
+        clip = read_clip(entry.path, text=text, span=entry.span, sound=entry.sound, **(reading or {}))
         if len(text) > MAX_LETTERS * (1 + clip.duration):
             raise clip_error(entry.path, f"a transcript of {len(text):,} letters for {clip.duration:.1f} s; "
                                          "is it another clip's?")
@@ -130,7 +72,10 @@ def folder_clips(folder, reading=None, max_bad=1.):
 
     A clip that cannot be used is left out, with a note. More than `max_bad` percent of such clips are an error.
     A training clip is left out if a test clip has the same sentence."""
-    listed = [entry for entry in entries(folder) if entry.split]
+    layout, listed, passed_over = entries(folder)
+    listed = [entry for entry in listed if entry.split in ("train", "test")]
+    if passed_over:
+        note(f"passed over in {shown(folder)} ({layout}): {passed_over}")
     clips, n_bad = {"train": [], "test": []}, 0
     for entry, clip in read_entries(listed, reading):
         if not isinstance(clip, ClipError):
@@ -148,19 +93,24 @@ def folder_clips(folder, reading=None, max_bad=1.):
     clips["train"] = fresh
     for split, usable in clips.items():
         if not usable:
-            raise clip_error(folder, f"no usable clip is left in its {split} split")
+            raise clip_error(folder, f"no usable clip is in its {split} split, of {sum(map(len, clips.values()))} in all; "
+                                     "add clips, or name their splits")
     return clips
 
 
-def check(folder):
-    """Print what is in a folder, and each clip that cannot be used. Returns an exit code: 1 if there is such a clip."""
+def check(folder, faces=False):
+    """Print what is in a folder, and each clip that cannot be used. Returns an exit code: 1 if there is such a clip.
+
+    Faces are looked for only if `faces` says so: that is slow."""
     good, bad = [], []
-    for entry, clip in read_entries(entries(folder), {"box": "all"}):  # no search for faces, which is slow
+    layout, listed, passed_over = entries(folder)
+    print(f"layout: {layout}" + f"; passed over: {passed_over}" * bool(passed_over))
+    for entry, clip in read_entries(listed, {"box": None if faces else "all"}):
         if isinstance(clip, ClipError):
             bad.append(clip)
         else:  # the clip itself is dropped, or a large folder would fill memory
             streams = " and ".join(clip.streams)
-            good.append((entry.split or "other", entry.talker, clip.text.split(), clip.duration, streams))
+            good.append((entry.split, entry.talker, clip.text.split(), clip.duration, streams))
     for error in bad:
         print(f"bad: {error}")
     splits, talkers, texts, seconds, streams = zip(*good) if good else [()] * 5

@@ -21,11 +21,13 @@ import soundfile
 
 from data import ClipError
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
-from real.files import shown
+from real.files import note, shown
 
 # Files in a folder count as clips if they have one of these suffixes. A single file may have any name.
-SUFFIXES = {".wav", ".flac", ".mp3", ".m4a", ".ogg", ".mp4", ".mpg", ".mov", ".avi", ".mkv", ".webm"}
-MAX_SECONDS = 30         # the audio encoder has no positions for longer clips
+SOUND_SUFFIXES = set(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .aiff .aif .mka .sph .wma .mp2 .amr .au .caf".split())
+SUFFIXES = SOUND_SUFFIXES | set(".mp4 .m4v .mpg .mpeg .mov .avi .mkv .webm .3gp .ts .mts .m2ts .wmv .flv .ogv .vob".split())
+MAX_HOURS = 5            # a header that claims more is not believed
+SILENCE = -80            # dB below full scale: digital silence
 MIN_FRAMES = 5           # 0.2 s: a shorter clip has no word in it
 MAX_PIXELS = 36_000_000  # of one picture: 8k
 HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
@@ -61,16 +63,26 @@ class Source:
     has_sound: bool
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
     seconds: float                        # the duration that the file claims
+    track: int = 0                        # the sound track that is read
+    mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
 
     @property
+    def streams(self):
+        """("audio", "video") or one of the two."""
+        present = {"audio": self.has_sound, "video": self.picture_size}
+        return tuple(stream for stream, found in present.items() if found)
+
+    @property
     def max_seconds(self):
-        """The longest plausible duration for a file of this size. Damaged time stamps can claim years."""
-        return 20 + os.path.getsize(self.path) / 250
+        """The longest plausible duration for a file of this size and header. Damaged time stamps can claim years."""
+        return max(20 + os.path.getsize(self.path) / 250, min(self.seconds + 20, MAX_HOURS * 3600))
 
 
 def probe(path):
     """Path -> Source. Raises ClipError if it is no file, not media, or has neither sound nor pictures."""
+    if "://" in str(path):
+        raise clip_error(path, "an address, not a file; download it first")
     path = Path(path)
     if not path.is_file():
         raise clip_error(path, "not a file" if path.exists() else "no such file")
@@ -89,12 +101,58 @@ def probe(path):
     if has_sound and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
         raise clip_error(path, "sound of an impossible sampling rate in it; is it damaged?")
     size = tuple(map(int, sizes[0].groups())) if sizes else None
+    if size and (aspect := re.search(r": Video: .*[ \[]SAR (\d+):(\d+)", text)):
+        size = round(size[0] * int(aspect[1]) / int(aspect[2])), size[1]
     if size and re.search(r"rotation of -?90", text):
         size = size[::-1]
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
-    duration = re.search(r"^  Duration: (\d+):(\d+):(\d+)", text, re.M)
-    hours, minutes, seconds = map(int, duration.groups()) if duration else (0, 0, 0)
-    return Source(path, float(start[1]) if start else 0., has_sound, size, 3600 * hours + 60 * minutes + seconds)
+    duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
+    hours, minutes, seconds = map(float, duration.groups()) if duration else (0, 0, 0)
+    source = Source(path, float(start[1]) if start else 0., has_sound, size, 3600 * hours + 60 * minutes + seconds)
+    return choose_sound(source, [line for line in streams if ": Audio: " in line])
+
+
+def choose_sound(source, tracks):
+    """The source with the sound track and the channels that are read; `tracks` are ffmpeg's lines about its tracks.
+
+    Of several tracks it is the one marked as default, or the first with sound. Their channels are mixed as usual. But if
+    that cancels them, or leaves out the only one with sound, the loudest is read. More than eight are averaged."""
+    order = sorted(range(len(tracks)), key=lambda i: "(default)" not in tracks[i])
+    if len(order) > 1 and all("(default)" in line for line in tracks):
+        order = list(range(len(tracks)))
+    for i in order:
+        if len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[i]):
+            return source
+        channels, mixed = channel_levels(source, i)
+        if channels and max(channels) > SILENCE:
+            break
+    else:
+        return source
+    if i != order[0] or len(order) > 1:
+        note(f"{shown(source.path)}: {len(order)} sound tracks; read is number {i + 1}")
+    loudest = max(range(len(channels)), key=channels.__getitem__)
+    mix = source.mix
+    if len(channels) > 8:
+        mix = "pan=mono|c0=" + "+".join(f"{1 / len(channels):.6f}*c{c}" for c in range(len(channels)))
+    elif mixed < channels[loudest] - 20:
+        mix = f"pan=mono|c0=c{loudest}"
+        note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; read is channel {loudest + 1}")
+    return replace(source, track=i, mix=mix)
+
+
+def channel_levels(source, track):
+    """The loudness of each channel of a sound track, and of the usual mix of up to eight, in dB below full scale."""
+    stats = "astats=measure_perchannel=RMS_level:measure_overall=none"
+    command = [ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{source.path}", "-map", f"0:a:{track}"]
+
+    def levels(filters):
+        stderr = subprocess.run([*command, "-af", filters, "-f", "null", "-"], capture_output=True).stderr
+        found = re.findall(rb"RMS level dB: (-?[\d.]+|-inf|nan)", stderr)
+        return [max(-200., float(level)) if level not in (b"nan", b"-inf") else -200. for level in found]
+
+    channels = levels(stats)
+    mixed = levels(f"{source.mix},{stats}") if 1 < len(channels) <= 8 else []
+    return channels, mixed[0] if mixed else max(channels, default=-200.)
 
 
 def select_streams(source, streams):
@@ -114,8 +172,10 @@ def decode(source, n_bytes, stream, filters, *output):
     Raises ClipError if ffmpeg fails, or if the stream lasts longer than a file of this size can."""
     limits = ["-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.max_seconds / 40))]
     # Clamp absurd time stamps to just beyond the limit. Otherwise ffmpeg fills the gap until memory is full.
+    # Where time stamps jump back, as in files joined by `cat`, the second file follows the first.
     limit = source.start + source.max_seconds + 1
-    clamp = f"{'a' * (stream == 'a:0')}setpts='if(gt(T,{limit}),{limit}/TB,PTS)'"
+    joined = "st(0,ld(0)+if(gt(PREV_INPTS-PTS,0.5/TB),PREV_INPTS-PTS,0))"
+    clamp = f"{'a' * (stream[0] == 'a')}setpts='{joined};if(gt(T+ld(0)*TB,{limit}),{limit}/TB,PTS+ld(0))'"
     command = [ffmpeg(), "-v", "error", "-nostdin", *limits, "-copyts", "-i", f"file:{source.path}",
                "-map", f"0:{stream}", "-filter", f"{clamp},{filters}", *output, "pipe:1"]
     with tempfile.TemporaryFile() as stderr, subprocess.Popen(
@@ -144,8 +204,7 @@ def decode(source, n_bytes, stream, filters, *output):
 def wave_frames(source):
     """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
     resample = f"aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)}"
-    filters = f"{resample},aformat=channel_layouts=mono"
-    with closing(decode(source, 4 * SAMPLES_PER_FRAME, "a:0", filters, "-f", "f32le")) as chunks:
+    with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", f"{resample},{source.mix}", "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
             if not (np.abs(wave) < 100).all():
@@ -168,7 +227,7 @@ def picture_frames(source, filters, shape):
 def cut_pieces(wave, frames, spans):
     """Cut sound and pictures into pieces. Yields (start, wave (samples,), frames (T, H, W)), None for a missing stream.
 
-    `wave` and `frames` are iterators of (640,) and (H, W) arrays, or None. `spans` are [(start, end)], in frames.
+    `wave` and `frames` are iterators of (640,) and (H, W) arrays, or None. A piece with a picture of None has none. `spans` are [(start, end)], in frames.
     Spans after the end of the file yield nothing. Both streams of a piece become equally long: sound is filled up with
     silence. Sound that goes on after the pictures is cut if that loses at most 0.4 s, else the last picture is held."""
     position, last = 0, None
@@ -186,7 +245,8 @@ def cut_pieces(wave, frames, spans):
         if sound:
             sound = np.concatenate(sound)
             sound = np.pad(sound, (0, -len(sound) % SAMPLES_PER_FRAME))  # the file's last samples
-        yield start, sound if len(sound) else None, np.stack(pictures) if pictures else None
+        lost = not pictures or any(picture is None for picture in pictures)
+        yield start, sound if len(sound) else None, None if lost else np.stack(pictures)
 
 
 def loudness(source):
@@ -199,30 +259,52 @@ def motion(frames):
     """Pictures of lips -> (T,) dB: how much each differs from the one before it. It replaces a missing loudness."""
     level, previous = [], 0.
     for picture in frames:
+        picture = previous if picture is None else picture    # no face: nothing moves
         level.append(10 * math.log10(np.mean((picture - previous) ** 2) + 1))
-        previous = picture.astype(float)
+        previous = np.asarray(picture, float)
     return np.array(level[1:2] + level[1:])  # the first picture has none before it
 
 
-def speech_spans(level, longest):
-    """Loudness or motion (T,) in dB -> [(start, end)]: spans of frames with speech, none longer than `longest`.
+def active_frames(level, silence, rise):
+    """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
+
+    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of what is not silence.
+    So a quiet voice beside a loud one counts. Where no frame rises, all that is not silence is active."""
+    heard = level[level > silence]
+    if not len(heard):
+        return np.zeros(len(level), bool)
+    threshold = np.percentile(heard, 10) + rise
+    return level > (threshold if heard.max() > threshold else silence)
+
+
+def speech_spans(active, level, longest):
+    """-> [(start, end)]: spans of frames with speech, none longer than `longest`. active (T,) bool, level (T,) in dB.
 
     Between them are pauses of more than PAUSE frames, quieter than speech but not necessarily silent. A span that is
     too long is cut at the quietest frame in the second half of what may stay together."""
-    quiet, loud = np.percentile(level, (10, 95))
-    active = np.flatnonzero(level > min(loud - 3, max(loud - 30, quiet + 0.3 * (loud - quiet))))
+    active = np.flatnonzero(active)
+    if not len(active):
+        return []
     pauses = np.flatnonzero(np.diff(active) > PAUSE)
-    starts, ends = active[[0, *(pauses + 1)]] - MARGIN, active[[*pauses, -1]] + 1 + MARGIN
+    starts, ends = active[[0, *(pauses + 1)]], active[[*pauses, -1]] + 1
     smooth = np.convolve(np.pad(level, 2, "edge"), np.full(5, .2), "valid")
     spans = []
-    for start, end in zip(starts.clip(0).tolist(), ends.clip(max=len(level)).tolist()):
+    for start, end in zip(starts.tolist(), ends.tolist()):
+        if end - start < MIN_FRAMES // 2:      # a click is no word
+            continue
+        start, end = max(0, start - MARGIN), min(len(level), end + MARGIN)
         while end - start > longest:
-            half = start + longest // 2
-            cut = half + int(smooth[half:start + longest].argmin())
+            half, last = start + longest // 2, min(start + longest, end - longest // 4)
+            cut = half + int(smooth[half:last].argmin())
             spans.append((start, cut))
             start = cut
         spans.append((start, end))
     return spans
+
+
+def is_still(frames):
+    """Whether pictures (T, H, W) uint8 show one and the same: a black, frozen or single picture."""
+    return np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2)).max(initial=0) < 0.2
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
 from contextlib import closing, contextmanager, nullcontext
 from itertools import groupby
@@ -28,14 +29,14 @@ from encoders import FPS
 from real.files import note, shown, write_whole
 from real.media import clip_error, picture_frames
 
-VERSION = 1       # raise it when the same file gives other crops than before: stored crops are then not used
+VERSION = 2       # raise it when the same file gives other crops than before: stored crops are then not used
 MOUTH_SIZE = 112  # pixels: a square picture of at most this size shows nothing but a mouth
 MIN_SIZE = 16     # pixels: a smaller picture cannot show a mouth
 VIEW = 768        # pixels: faces are looked for in squares of this size, with the source's picture in the middle
 FIT = f"scale={VIEW}:{VIEW}:force_original_aspect_ratio=decrease,pad={VIEW}:{VIEW}:-1:-1"
 CROP = 96         # pixels of the mean face's 256
 SMOOTHING = 12    # frames
-MAX_GAP = 12      # frames: a longer gap without a face is an error, a shorter one is filled
+MAX_GAP = FPS     # frames: a gap without a face that is longer is not filled
 MAX_FACES = 4
 MEAN_FACE = np.array([102.07 + 94.27j, 156.36 + 93.58j, 129.0 + 135.9j, 129.31 + 157.82j])  # the first four of POINTS
 POINTS = {        # a landmark is the mean of these vertices of FaceMesh; the last four are for pictures and tests
@@ -58,7 +59,7 @@ def parse_box(text):
 
 
 def mouths(source, size, box=None, cache=None):
-    """Yield the mouth in each frame of a media.Source, as (size, size) uint8. Raises ClipError.
+    """Yield the mouth in each frame of a media.Source, as (size, size) uint8, None where no face is. Raises ClipError.
 
     The mouth is what `box` (x, y, w, h) cuts out, or with "all" the whole picture. Without a box it is the whole
     picture if that is a small square, otherwise it is found in the largest face. Crops of faces are stored in the
@@ -88,15 +89,19 @@ def is_mouth(source):
 
 @contextmanager
 def quiet():
-    """Discard what is written to file descriptor 2 in this block. mediapipe's C++ code writes messages there."""
-    with STDERR, open(os.devnull, "w") as devnull:
-        stderr = os.dup(2)
+    """Discard what is written to file descriptor 2 in this block: mediapipe's C++ code writes messages there.
+
+    Other threads write to sys.stderr meanwhile, and that still goes to the terminal."""
+    with STDERR, open(os.devnull, "w") as devnull, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        before = sys.stderr
+        if before is sys.__stderr__:
+            sys.stderr = terminal
         os.dup2(devnull.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            os.dup2(terminal.fileno(), 2)
+            sys.stderr = before
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def face_mesh(source):
 
 
 def find_landmarks(source):
-    """Landmarks of a source's largest face -> (T, P) complex, in pixels of VIEW. Raises ClipError."""
+    """Landmarks of a source's largest face -> (T, P) complex, in pixels of VIEW, NaN in long gaps. Raises ClipError."""
     faces = []  # for each frame the faces in it, each a list of P landmarks
     with closing(picture_frames(source, FIT, (VIEW, VIEW, 3))) as pictures, face_mesh(source) as mesh, \
             tqdm(desc="finding the face", unit=" frames", leave=False, delay=2) as progress:
@@ -156,15 +161,18 @@ def largest_face(faces, source):
 
 
 def fill_gaps(track, n_frames, source):
-    """{frame: landmarks (P,)} -> (T, P). Gaps are interpolated, with a note. Raises ClipError if one is too long."""
+    """{frame: landmarks (P,)} -> (T, P). Gaps of up to MAX_GAP frames are interpolated, and ends filled with what is
+    nearest, with a note. Longer gaps are NaN."""
     times = sorted(track)
-    gaps = [list(run) for present, run in groupby(range(n_frames), track.__contains__) if not present]
-    named = ", ".join(f"{gap[0]}-{gap[-1]}" if len(gap) > 1 else f"{gap[0]}" for gap in gaps)
-    if max(map(len, gaps), default=0) > MAX_GAP:
-        raise clip_error(source.path, f"no face in frames {named} of {n_frames} ({FPS} a second); cut the clip, {HINT}")
-    if gaps:
-        note(f"{shown(source.path)}: no face in frames {named} of {n_frames}; they are filled from their neighbours")
-    return np.stack([np.interp(range(n_frames), times, point) for point in np.stack([track[t] for t in times]).T], 1)
+    points = np.stack([np.interp(range(n_frames), times, point) for point in np.stack([track[t] for t in times]).T], 1)
+    for present, run in groupby(range(n_frames), track.__contains__):
+        gap = list(run)
+        if not present:
+            fate = "the pictures there are not used" if len(gap) > MAX_GAP else "filled from their neighbours"
+            note(f"{shown(source.path)}: no face in frames {gap[0]}-{gap[-1]} of {n_frames} ({FPS} a second); {fate}")
+        if not present and len(gap) > MAX_GAP:
+            points[gap] = np.nan
+    return points
 
 
 def smooth(points):
@@ -200,19 +208,22 @@ def crop_mouth(picture, points, size):
 
 
 def crop_mouths(source, size, points):
-    """Yield the mouths of a source as (size, size) uint8, by the landmarks (T, P) of its frames."""
+    """Yield the mouths of a source as (size, size) uint8, by the landmarks (T, P) of its frames; None where they are NaN."""
     with closing(picture_frames(source, FIT, (VIEW, VIEW))) as pictures:
         for picture, landmarks in zip(pictures, points):
-            yield crop_mouth(picture, landmarks, size)
+            yield None if np.isnan(landmarks).any() else crop_mouth(picture, landmarks, size)
 
 
 def cached_crops(source, size, folder):
-    """The mouths of a source's largest face (T, size, size). They are read from `folder`, or found and stored there."""
+    """The mouths of a source's largest face, T times (size, size) or None, read from `folder`, or found and stored there."""
     stat = os.stat(source.path)
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size]
     path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
     if not path.is_file():
-        frames = np.stack(list(crop_mouths(source, size, find_landmarks(source))))
+        crops = list(crop_mouths(source, size, find_landmarks(source)))
+        found = np.array([crop is not None for crop in crops])
+        frames = np.stack([crop if crop is not None else np.zeros((size, size), np.uint8) for crop in crops])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: save_file({"frames": frames}, temporary))
-    return load_file(path)["frames"]
+        write_whole(path, lambda temporary: save_file({"frames": frames, "found": found}, temporary))
+    stored = load_file(path)
+    return [frame if found else None for frame, found in zip(stored["frames"], stored["found"])]

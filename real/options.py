@@ -79,6 +79,7 @@ def parse_sample_options(argv, description):
     add("--show-crop", metavar="PNG", help="write a picture of the mouths that are read")
     for part, flag in FLAGS.items():
         add(flag, dest=part, metavar="PATH", help=f"where the checkpoint's real {part} part is now")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one")
     add("--verify", action="store_true", help="compare every byte of the real parts with those of training")
     args = parser.parse_args(argv)
     if len(args.clips) != 1 and (args.srt or args.show_crop):

@@ -2,7 +2,13 @@
 import time
 from collections import Counter
 
+import jiwer
+import regex
+
 from mome import MoME
+
+
+SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 
 
 class Stopwatch(dict):
@@ -29,21 +35,33 @@ def count_parameters(model, method):
             f"one token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
 
 
+def error_rates(references, hypotheses):
+    """The corpus WER (jiwer); with it the character error rate, if most letters are of scripts without spaces."""
+    rates = {"wer": jiwer.wer(references, hypotheses)}
+    letters = "".join(references)
+    if len(regex.findall(SPACELESS, letters)) > len(letters) / 2:
+        texts = [[text.replace(" ", "") for text in side] for side in (references, hypotheses)]
+        rates["cer"] = jiwer.cer(*texts)
+    return rates
+
+
 def table(rows):
     """Rows of metrics.json as text: a line for each task and noise, a column for each audio:video rate.
 
+    The numbers are WERs, or character error rates where the rows have them.
     The column 'auto' also shows its tokens as a share of those at the finest rate."""
     lines, widths = {}, {}
     for row in sorted(rows, key=lambda row: row["audio_rate"] == "auto"):
         column = ":".join(str(rate) for rate in (row["audio_rate"], row["video_rate"]) if rate)
         noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g} dB"
         line = lines.setdefault((row["task"], noise), {})
-        line[column] = f"{100 * row['wer']:.1f}"
+        line[column] = f"{100 * row.get('cer', row['wer']):.1f}"
         if column == "auto":
             line[column] += f" ({100 * row['tokens'] / line['tokens']:.0f}%)"
         line["tokens"] = max(row["tokens"], line.get("tokens", 0))
         widths[column] = 14 if column == "auto" else 7
-    text = f"{'WER %':14}" + "".join(f"{column:>{width}}" for column, width in widths.items())
+    unit = "CER %" if any("cer" in row for row in rows) else "WER %"
+    text = f"{unit:14}" + "".join(f"{column:>{width}}" for column, width in widths.items())
     for (task, noise), line in lines.items():
         cells = "".join(f"{line.get(column, ''):>{width}}" for column, width in widths.items())
         text += f"\n{task:6}{noise:8}{cells}"

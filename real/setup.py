@@ -1,4 +1,5 @@
 """What stage 3 starts from: checked flags, clips, and the model around its frozen parts, real ones or stand-ins."""
+import os
 import shutil
 import zlib
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
-from real.files import CheckpointError
+from real.files import CheckpointError, file_of, write_together
 from real.features import Features
 from real.folders import folder_clips
 from real.mouth import parse_box
@@ -28,6 +29,8 @@ MAX_HELD_OUT = 50                        # clips that --valid-every holds out, a
 
 def check_config(config):
     """Check flags that depend on one another. ValueError says which flag is wrong."""
+    if not config.out:
+        raise ValueError("--out '': name a folder")
     parse_rates(config.rates)
     parse_snrs(config.snr)
     percent("--max-bad", config.max_bad)
@@ -63,6 +66,34 @@ def threads(share):
         torch.set_num_threads(before)
 
 
+@contextmanager
+def own_folder(folder):
+    """In this block the folder exists, can be written, and belongs to this process. Raises OSError, CheckpointError."""
+    lock = Path(folder, ".lock")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    owner = lock.read_text() if lock.is_file() else ""
+    if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
+        raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out")
+    write_together({lock: str(os.getpid()).encode()})
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def is_running(process):
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def cache_folder(config):
     """The folder of --cache."""
     return Path(config.cache or Path(config.out) / "cache")
@@ -96,7 +127,9 @@ def load_clips(config, tasks, audio, video):
 
 
 def hold_out(clips):
-    """Training clips -> the clips to train on, the clips held out. No sentence is in both."""
+    """Training clips -> the clips to train on, the clips held out. No sentence is in both. Raises ClipError."""
+    if len(clips) < 10:
+        raise ClipError(f"--valid-every holds out a tenth of the training clips, and there are only {len(clips)}; leave it out")
     order = sorted(clips, key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
     held_out = order[:min(MAX_HELD_OUT, len(order) // 10)]
     sentences = {clip.text for clip in held_out}
@@ -138,7 +171,7 @@ def set_up(config, tasks, device, watch):
                             projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
     features = None
-    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device)), config.box if stream == "video" else ""]
+    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device))]
             for stream in parts if stream != "llm"}
     if keys:
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
@@ -166,7 +199,9 @@ def write_samples(config, clips, folder):
     if not config.data:
         write_talker_clips(folder, 3, "test", config.seed)
         return
-    for i, clip in enumerate(clips[:3], 1):
-        copy = folder / f"sample{i}_{Path(clip.name).name}"
+    whole = [clip for clip in clips if clip.name == file_of(clip.name)]
+    for i, clip in enumerate(whole[:3], 1):
+        path = Path(clip.name)
+        copy = folder / f"sample{i}_{path.stem[:40]}{path.suffix}"    # a file's name has at most 255 bytes
         shutil.copy(clip.name, copy)
         copy.with_suffix(".txt").write_text(clip.text + "\n", "utf-8")

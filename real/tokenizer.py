@@ -2,6 +2,7 @@
 import base64
 from pathlib import Path
 
+import regex
 import tiktoken
 
 from real.files import WeightsError, read_json
@@ -9,7 +10,6 @@ from toy.tokenizer import make_tokenizer
 
 # Regular expressions that cut text into words before BPE merges the bytes of each word.
 GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-SINGLE_DIGITS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
 LLAMA3_WORDS = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
                 r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after the ranks
@@ -18,23 +18,39 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after t
 class BPE(tiktoken.Encoding):
     """A tiktoken Encoding that encodes and decodes as HF's tokenizers do.
 
-    `encode` reads special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes,
-    so those get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than
-    its tokenizer."""
+    Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one. `encode`
+    reads special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those
+    get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than its
+    tokenizer."""
 
-    def __init__(self, name, pattern, ranks, special):
-        """ranks {token bytes: id}, in the order of the merges; special {token: id}."""
+    def __init__(self, name, patterns, ranks, special):
+        """patterns: regular expressions; ranks {token bytes: id}, in the order of the merges; special {token: id}."""
+        self.patterns = [regex.compile(pattern) for pattern in patterns]
         self.token_ids = {*ranks.values(), *special.values()}
         self.size = max(self.token_ids) + 1
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {byte: self.size + i for i, byte in enumerate(lacking)}
-        super().__init__(name, pat_str=pattern, special_tokens=special, mergeable_ranks=ranks | extra)
+        super().__init__(name, pat_str=r"(?s).+", special_tokens=special, mergeable_ranks=ranks | extra)
 
     def encode(self, text):
-        return [i for i in super().encode(text, disallowed_special=()) if i < self.size]
+        pieces = [text]
+        for pattern in self.patterns:
+            pieces = [part for piece in pieces for part in isolated(pattern, piece)]
+        ids = [i for piece in pieces for i in super(BPE, self).encode(piece, disallowed_special=())]
+        return [i for i in ids if i < self.size]
 
     def decode(self, ids):
         return super().decode([i for i in ids if i in self.token_ids])
+
+
+def isolated(pattern, text):
+    """Yield the matches of a compiled pattern and what lies between them; together they are the text."""
+    end = 0
+    for match in pattern.finditer(text):
+        yield from filter(None, (text[end:match.start()], match[0]))
+        end = match.end()
+    if text[end:]:
+        yield text[end:]
 
 
 def read_tokenizer(folder):
@@ -48,10 +64,12 @@ def read_tokenizer(folder):
     file = read_json(path)
     if "words" in file:
         return make_tokenizer(file["words"])
-    model, pattern = file.get("model", {}), word_pattern(file.get("pre_tokenizer"))
-    if model.get("type") != "BPE" or model.get("byte_fallback") or file.get("normalizer") or pattern is None:
+    model, steps = file.get("model", {}), flat(file.get("pre_tokenizer"), "pretokenizers")
+    byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or flat(file.get("normalizer"), "normalizers") or not byte_level:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
+    patterns = [word_pattern(step, path) for step in steps]
     vocab, byte_of = model["vocab"], bytes_of_letters()
     special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocab.items() if token not in special}
@@ -59,7 +77,7 @@ def read_tokenizer(folder):
     merged_ids = [vocab["".join(pair)] for pair in merges]
     if merged_ids != sorted(merged_ids):
         raise WeightsError(f"{path}: its merges are not in the order of their ids, which tiktoken needs")
-    return BPE(folder.name, pattern, ranks, special)
+    return BPE(folder.name, list(filter(None, patterns)), ranks, special)
 
 
 def read_ranks(folder):
@@ -74,22 +92,27 @@ def read_ranks(folder):
     except ValueError:
         raise WeightsError(f"{path}: a SentencePiece model, as in Llama 2, which is not supported; use a model with a "
                            "byte-level BPE tokenizer, like Llama 3 or SmolLM2") from None
-    return BPE(folder.name, LLAMA3_WORDS, ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
+    return BPE(folder.name, [LLAMA3_WORDS], ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
 
 
-def word_pattern(pre_tokenizer):
-    """The pre_tokenizer of a tokenizer.json -> the regular expression that cuts text into words, None if unknown."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else [{"type": None}]
-    *first, last = steps
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    if not first:
-        return GPT2_WORDS
-    if len(first) == 1 and first[0]["type"] == "Digits" and first[0].get("individual_digits"):
-        return SINGLE_DIGITS
-    if len(first) == 1 and first[0]["type"] == "Split" and not last.get("use_regex", True):
-        return first[0]["pattern"].get("Regex")
-    return None
+def flat(step, members):
+    """A pre_tokenizer or normalizer of a tokenizer.json -> its steps. `members` is where a Sequence has them."""
+    return [] if not step else step[members] if step["type"] == "Sequence" else [step]
+
+
+def word_pattern(step, path):
+    """A step of a pre_tokenizer -> the regular expression that cuts text into words, or None if it cuts nothing.
+
+    Raises WeightsError for a step that is not supported."""
+    kind = step["type"]
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return GPT2_WORDS if step.get("use_regex", True) else None
+    if kind == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+    facts = {key: value for key, value in step.items() if key in ("type", "behavior", "invert", "add_prefix_space")}
+    raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {facts}")
 
 
 def bytes_of_letters():

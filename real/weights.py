@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -66,6 +67,7 @@ def read_safetensors(folder):
     """{name: tensor} of an HF folder. The tensors are memory-mapped, so nothing is read before it is used."""
     tensors = {}
     for path in weight_files(folder):
+        refuse_pointer(path)
         try:
             file = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
@@ -74,11 +76,20 @@ def read_safetensors(folder):
     return tensors
 
 
+def refuse_pointer(path):
+    """Raises WeightsError if the file is Git LFS's pointer to weights that were not fetched."""
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
+
+
 def read_config(folder, model_type):
     """The config.json of an HF folder as a dict. Raises WeightsError if it is not of this model type."""
     config = read_json(Path(folder, "config.json"))
     if config.get("model_type") != model_type:
         raise WeightsError(f"{folder}: model_type {config.get('model_type')!r} in config.json, expected {model_type!r}")
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise WeightsError(f"{folder}: weights quantised by {method}, which is not supported; "
+                           "use the model's fp32, fp16 or bf16 weights")
     return config
 
 
@@ -114,10 +125,13 @@ def load_llama(cls, folder, dtype=torch.float32, **experts):
     """The Llama in an HF folder -> cls in `dtype`, with new fp32 MoMEs if `experts` (n_routed=, ...) says so.
 
     It is built on the meta device, so that memory holds one copy of the weights. Raises WeightsError."""
-    config = cls.Config(**llama_config(folder))
+    config, tensors = cls.Config(**llama_config(folder)), read_safetensors(folder)
+    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.tied and head is not None and table is not None and not torch.equal(head, table):
+        config = replace(config, tied=False)    # as in transformers: a head of its own counts, whatever the config says
     with torch.device("meta"):
         llm = cls(config)
-    fill(llm, read_safetensors(folder), llama_name, folder, dtype, UNUSED_IN_LLAMA)
+    fill(llm, tensors, llama_name, folder, dtype, UNUSED_IN_LLAMA)
     llm.inv_freq = scaled_inv_freq(config)
     llm.add_mome(**experts)
     return speed_up(llm)

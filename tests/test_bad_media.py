@@ -15,7 +15,8 @@ from conftest import ffmpeg
 import sample
 from real import clips, media, mouth
 from real.clips import read_clip
-from real.folders import Entry, read_entry
+from real.folders import read_entry
+from real.layouts import Entry
 from toy.talker import talker_clip
 
 MINUTE = 60  # seconds
@@ -315,18 +316,18 @@ def test_bad_transcripts(good, tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("text", (
     b"\xef\xbb\xbfBin blue at F two now\r\n", b"Text:  BIN BLUE AT F TWO NOW\nConf:  5\n",
-    b"bin blue, at f two now!\nand a second line\n"))
+    b"bin blue, at f\ntwo now!\n"))
 def test_good_transcripts(good, tmp_path, text):
     (tmp_path / "a.mp4").write_bytes((good / "clip.mp4").read_bytes())
     (tmp_path / "a.txt").write_bytes(text)
-    assert read_entry(Entry(tmp_path / "a.mp4", "")).text == "bin blue at f two now"
+    assert read_entry(Entry(tmp_path / "a.mp4", "", source=tmp_path / "a.txt")).text == "bin blue at f two now"
 
 
 @pytest.mark.parametrize("content, reason", {
-    b"": "no column 'path'", b"path;text\na.mp4;bin\n": "no column 'path'", b"path\na.mp4\n": "no column 'text'",
+    b"": "no column 'path'", b"path:text\na.mp4:bin\n": "no column 'path'", b"path,text\ngood.mp4,hello, world\n": "line 2 has 3 columns", b"path\na.mp4\n": "no column 'text'",
     b"path,text\n": "no clips", b"path,text\nmissing.mp4,bin blue\n": "missing.mp4: no such file",
     b"path,text\n,bin blue\n": "not a file", b"path,text\ngood.mp4\n": "no words in its transcript",
-    b"path,text\ngood.mp4,caf\xe9\n": "not a table in UTF-8", b"path,text\n\"good.mp4": "no words",
+    b"path,text\ngood.mp4,caf\xe9\n": "not UTF-8 text", b"path,text\n\"good.mp4": "no words",
     b"path,text\n\0,a\n": "\\x00"}.items())
 def test_bad_manifests(good, tmp_path, capsys, content, reason):
     (tmp_path / "good.mp4").write_bytes((good / "clip.mp4").read_bytes())

@@ -199,6 +199,12 @@ def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
 def test_normalize():
     assert data.normalize("  Bin BLUE, at F-2 (now)!\n") == "bin blue at f 2 now"
     assert data.normalize("It's naïve_é, isn’t it") == "it's naïve é isn't it"
+    assert data.normalize("'Yes,' don`t say rock 'n' roll, dogs' o’clock") == "yes don't say rock n roll dogs o'clock"
+    for text in ("हिन्दी भाषा", "ไทยที่", "مُحَمَّد", "می‌خواهم"):
+        assert data.normalize(text) == text
+    assert data.normalize("cafe\u0301") == data.normalize("CAFÉ") == "café"
+    assert data.normalize("İstanbul") == data.normalize("I\u0307stanbul") and " " not in data.normalize("İstanbul")
+    assert data.normalize("co\u00adop") == "coop"
 
 
 def test_tokenizer(tmp_path):

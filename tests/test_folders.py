@@ -4,25 +4,32 @@ import re
 import numpy as np
 import pytest
 import soundfile
+from conftest import ffmpeg
 
 from data import ClipError
-from real import clips
-from real.folders import Entry, entries, folder_clips, read_entry, transcript
+from real import clips, media
+from real.folders import entries, folder_clips, read_entry
+from real.layouts import Entry, transcript
 
 
 def test_transcripts(tmp_path):
     clip, txt, align = tmp_path / "a.mp4", tmp_path / "a.txt", tmp_path / "a.align"
     with pytest.raises(ClipError, match="no transcript, expected a.txt or a.align"):
-        transcript(clip)
+        transcript(Entry(clip, ""))
     align.write_text("0 100 sil\n100 200 bin\n200 300 sp\n300 400 blue\n400 500 sil\n")
-    assert transcript(clip) == "bin blue"
+    assert transcript(Entry(clip, "", source=align)) == "bin blue"
     txt.write_text("Text:  SO IT'S 5, ISN'T IT\nConf:  4\n")
-    assert transcript(clip) == "SO IT'S 5, ISN'T IT"
+    assert transcript(Entry(clip, "", source=txt)) == "SO IT'S 5, ISN'T IT"
+    txt.write_text("one line\nfor each\nsegment\n")
+    assert transcript(Entry(clip, "", source=txt)) == "one line for each segment"
+    txt.write_text("Disk reference:  6075\nChannel:  BBC1\nDuration:  1.16 seconds\n")
+    with pytest.raises(ClipError, match="facts about a clip of LRW"):
+        transcript(Entry(clip, "", source=txt))
     write_tone(clip.with_suffix(".wav"), "")
     for content, message in ((b"", "no words"), (b"...\n", "no words"), (b"caf\xe9", "not UTF-8"),
                              (b"word " * 200_000, "1,000,000 letters|999,999 letters")):
         txt.write_bytes(content)
-        assert re.search(message, str(read_entry(Entry(clip.with_suffix(".wav"), "")))), content[:9]
+        assert re.search(message, str(read_entry(Entry(clip.with_suffix(".wav"), "", source=txt)))), content[:9]
 
 
 def write_tone(path, text):
@@ -88,7 +95,7 @@ def test_manifest(tmp_path, capsys):
     splits = folder_clips(tmp_path)
     assert names(splits) == {"train": ["a b.wav", "d.wav"], "test": ["c.wav"]} and splits["train"][0].text == "one two"
     manifest.write_text("path,text,talker\na b.wav,one,ann\nc.wav,two,bob\ndeep/d.wav,three,ann\ne.wav,four,ann\n")
-    split = {entry.path.name: entry.split for entry in entries(tmp_path)}
+    split = {entry.path.name: entry.split for entry in entries(tmp_path)[1]}
     assert split["a b.wav"] == split["d.wav"] == split["e.wav"] != split["c.wav"]  # a talker is in one split
     for text, message in (("file,text\na.wav,x\n", "manifest.csv: no column 'path'"), ("", "no column 'path'"),
                           ("path\na.wav\n", "no column 'text'"), ("path,text\n", "no clips here")):
@@ -96,7 +103,7 @@ def test_manifest(tmp_path, capsys):
         with pytest.raises(ClipError, match=message):
             entries(tmp_path)
     manifest.write_bytes(b"path,text\na.wav,caf\xe9\n")
-    with pytest.raises(ClipError, match="manifest.csv: not a table in UTF-8"):
+    with pytest.raises(ClipError, match="manifest.csv: not UTF-8 text"):
         entries(tmp_path)
     manifest.write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\nc.wav,,train\n")
     folder_clips(tmp_path, max_bad=50)
@@ -110,9 +117,9 @@ def test_grid_as_downloaded(tmp_path):
         write_tone(tmp_path / talker / f"{talker}a.wav", "")
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / f"{talker}a.align").write_text(align)
-    for entry in entries(tmp_path):
+    for entry in entries(tmp_path)[1]:
         assert read_entry(entry).text == "bin blue", entry
-    assert {entry.talker for entry in entries(tmp_path)} == {"s1", "s2", "s3", "s4"}
+    assert {entry.talker for entry in entries(tmp_path)[1]} == {"s1", "s2", "s3", "s4"}
 
 
 def test_lrs_splits(tmp_path):
@@ -147,3 +154,162 @@ def test_check(tmp_path, capsys):
     assert "0.wav: not readable" in printed and "1.wav: no transcript" in printed
     assert clips.main(["check", str(tmp_path / "none")]) == 2
     assert "none: no such folder" in capsys.readouterr().err
+
+
+# --- layouts as they are downloaded ---
+
+ALIGN = "0 100 sil\n100 200 bin\n200 300 blue\n"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+
+
+def found(folder):
+    """Layout of a folder and {path below it: (talker, split, text)} of its clips, each of which can be read."""
+    layout, listed, _ = entries(folder)
+    read = {entry: read_entry(entry) for entry in listed}
+    return layout, {str(entry.path.relative_to(folder)): (entry.talker, entry.split, clip.text) for entry, clip in read.items()}
+
+
+def test_grid_of_zenodo_and_of_lipnet(tmp_path):
+    for talker in ("s1", "s2"):
+        write_tone(tmp_path / f"zenodo/{talker}/bbaf2n.flac", "")
+        (tmp_path / f"zenodo/{talker}/bbaf2n.flac").rename(tmp_path / f"zenodo/{talker}/bbaf2n.mpg")
+        write_tone(tmp_path / f"zenodo/audio_25k/{talker}/bbaf2n.wav", "")
+        write(tmp_path / f"zenodo/alignments/{talker}/bbaf2n.align", ALIGN)
+        write_tone(tmp_path / f"lipnet/datasets/video/{talker}/bbaf2n.wav", "")
+    write(tmp_path / "lipnet/datasets/align/bbaf2n.align", ALIGN)
+    layout, clips_found = found(tmp_path / "zenodo")
+    assert layout == "GRID" and set(clips_found) == {"s1/bbaf2n.mpg", "s2/bbaf2n.mpg"}
+    assert {talker for talker, _, _ in clips_found.values()} == {"s1", "s2"}
+    layout, clips_found = found(tmp_path / "lipnet")
+    assert layout == "GRID" and {text for _, _, text in clips_found.values()} == {"bin blue"} and len(clips_found) == 2
+
+
+def test_an_alignment_is_that_of_the_talker(tmp_path):
+    for talker, word in (("s1", "red"), ("s2", "green")):
+        write_tone(tmp_path / talker / "a.wav", "")
+        write(tmp_path / "align" / talker / "a.align", f"0 1 {word}\n")
+    assert {path: text for path, (_, _, text) in found(tmp_path)[1].items()} == {"s1/a.wav": "red", "s2/a.wav": "green"}
+
+
+def test_lrs2(tmp_path):
+    for name in ("main/100/00001", "main/100/00002", "main/200/00001", "pretrain/300/00001"):
+        write_tone(tmp_path / f"{name}.wav", f"Text:  SAYS {name}\nConf:  5\n")
+        (tmp_path / f"{name}.wav").rename(tmp_path / f"{name}.mp4")
+    write(tmp_path / "train.txt", "100/00001\n")
+    write(tmp_path / "val.txt", "100/00002\n")
+    write(tmp_path / "test.txt", "200/00001 NF\n")
+    write(tmp_path / "pretrain.txt", "300/00001\n")
+    layout, clips_found = found(tmp_path)
+    splits = {path: (talker, split) for path, (talker, split, _) in clips_found.items()}
+    assert layout == "LRS2" and splits == {
+        "main/100/00001.mp4": ("100", "train"), "main/100/00002.mp4": ("100", "valid"),
+        "main/200/00001.mp4": ("200", "test"), "pretrain/300/00001.mp4": ("300", "train")}
+    (tmp_path / "val.txt").unlink()
+    with pytest.raises(ClipError, match="no val.txt"):
+        entries(tmp_path)
+
+
+def test_lrs3_cuts_long_clips_by_their_word_times(tmp_path):
+    rate, words = 16000, [f"w{i}" for i in range(40)]
+    table = "".join(f"{word} {i} {i + 0.9} 5.0\n" for i, word in enumerate(words))
+    write(tmp_path / "pretrain/p1/00001.txt", f"Text:  {' '.join(words)}\nConf:  5\n\nWORD START END ASDSCORE\n{table}")
+    wave = np.repeat(np.linspace(0.01, 0.4, 40), rate) * np.random.default_rng(0).standard_normal(40 * rate)
+    soundfile.write(tmp_path / "pretrain/p1/00001.wav", wave.clip(-1, 1), rate)
+    write_tone(tmp_path / "test/p2/00001.wav", "Text:  SHORT\nConf:  4\n")
+    layout, listed, _ = entries(tmp_path)
+    assert layout == "LRS3"
+    pieces = [read_entry(entry) for entry in listed if entry.split == "train"]
+    assert " ".join(piece.text for piece in pieces) == " ".join(words) and len(pieces) == 2
+    assert len({piece.name for piece in pieces}) == 2
+    first, second = pieces
+    assert first.duration == pytest.approx(19.9, abs=.1) and second.duration == pytest.approx(19.9, abs=.1)
+    assert np.abs(first.wave).mean() < np.abs(second.wave).mean() / 2     # the second piece is the louder half
+
+
+def test_librispeech(tmp_path):
+    for part, talker in (("train-clean-100", 19), ("dev-clean", 84), ("test-other", 367)):
+        folder = tmp_path / f"LibriSpeech/{part}/{talker}/198"
+        lines = ""
+        for i in range(2):
+            write_tone(folder / f"{talker}-198-000{i}.flac", "")
+            lines += f"{talker}-198-000{i} SAYS {talker} {i}\n"
+        write(folder / f"{talker}-198.trans.txt", lines)
+    layout, clips_found = found(tmp_path)
+    assert layout == "LibriSpeech" and clips_found["LibriSpeech/train-clean-100/19/198/19-198-0001.flac"] == ("19", "train", "says 19 1")
+    assert sorted(split for _, split, _ in clips_found.values()) == ["test", "test", "train", "train", "valid", "valid"]
+
+
+def test_an4(tmp_path):
+    for part, talker in (("train", "fash"), ("test", "fcaw")):
+        name = f"an4{'test' * (part == 'test')}_clstk/{talker}/an251-{talker}-b"
+        write_tone(tmp_path / f"wav/{name}.wav", "")
+        (tmp_path / f"wav/{name}.wav").rename(tmp_path / f"wav/{name}.sph")
+        write(tmp_path / f"etc/an4_{part}.fileids", f"{name}\n")
+        write(tmp_path / f"etc/an4_{part}.transcription", f"<s> YES ++NOISE++ {talker} </s> (an251-{talker}-b)\n")
+    layout, clips_found = found(tmp_path)
+    assert layout == "Sphinx lists" and set(clips_found.values()) == {("fash", "train", "yes fash"), ("fcaw", "test", "yes fcaw")}
+
+
+def test_common_voice(tmp_path):
+    for name, text in (("train", 'he said "no'), ("dev", "two"), ("test", "three"), ("validated", "four")):
+        write_tone(tmp_path / f"clips/{name}.wav", "")
+        write(tmp_path / f"{name}.tsv", f"client_id\tpath\tsentence\tup_votes\nann\t{name}.wav\t{text}\t2\n")
+    layout, clips_found = found(tmp_path)
+    assert layout == "Common Voice" and {path: found[1:] for path, found in clips_found.items()} == {
+        "clips/train.wav": ("train", "he said no"), "clips/dev.wav": ("valid", "two"), "clips/test.wav": ("test", "three")}
+
+
+@pytest.mark.parametrize("name, separator", [("manifest.csv", ","), ("manifest.csv", ";"), ("manifest.tsv", "\t")])
+def test_splits_of_a_manifest_in_any_spelling(tmp_path, name, separator):
+    for clip in "abc":
+        write_tone(tmp_path / f"{clip}.wav", "")
+    rows = (("Path", "TEXT", "Split"), ("a.wav", "one", "Train"), ("b.wav", "two", "TEST"), ("c.wav", "three", "dev "))
+    write(tmp_path / name, "\n".join(separator.join(row) for row in rows))
+    assert {path: split for path, (_, split, _) in found(tmp_path)[1].items()} == {"a.wav": "train", "b.wav": "test", "c.wav": "valid"}
+    write(tmp_path / name, separator.join(rows[0]) + "\n" + separator.join(("a.wav", "one", "holdout")))
+    with pytest.raises(ClipError, match="line 2: split 'holdout' is not one of"):
+        entries(tmp_path)
+
+
+def test_a_row_with_too_many_columns_is_named(tmp_path):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "manifest.csv", "path,text,split\na.wav,hello, world,train\n")
+    with pytest.raises(ClipError, match="manifest.csv: line 2 has 4 columns, its header 3"):
+        entries(tmp_path)
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    write_tone(tmp_path / "clips/ann/a.wav", "one")
+    write_tone(tmp_path / "elsewhere/bob/b.wav", "two")
+    (tmp_path / "clips/bob").symlink_to(tmp_path / "elsewhere/bob")
+    (tmp_path / "clips/ann/circle").symlink_to(tmp_path / "clips")
+    assert {talker for talker, _, _ in found(tmp_path / "clips")[1].values()} == {"ann", "bob"}
+
+
+def test_pictures_and_sound_of_one_name_are_one_clip(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (50, 32, 32), np.uint8)
+    media.write_mp4(tmp_path / "both.mp4", pictures, np.zeros(32000, np.float32))
+    ffmpeg("-i", tmp_path / "both.mp4", "-an", "-c:v", "copy", tmp_path / "a.mp4")
+    (tmp_path / "both.mp4").unlink()
+    write_tone(tmp_path / "a.wav", "one")
+    (_, listed, _) = entries(tmp_path)
+    clip, = map(read_entry, listed)
+    assert clip.streams == ("audio", "video") and len(clip.wave) == 32000 and np.abs(clip.wave[:16000]).mean() > .05
+    assert read_entry(listed[0], {"streams": ("audio",)}).streams == ("audio",)
+
+
+def test_what_is_passed_over_is_said(tmp_path, capsys):
+    for i in range(5):
+        write_tone(tmp_path / f"{i}.wav", f"word {i}")
+    (tmp_path / "0.wav").rename(tmp_path / "0.xyz")
+    ffmpeg("-i", tmp_path / "1.wav", tmp_path / "1.opus")
+    (tmp_path / "1.wav").unlink()
+    assert clips.main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "layout: transcripts beside the clips; passed over: 1 .xyz" in out and "4 clips can be used" in out
+    folder_clips(tmp_path)
+    assert "passed over" in capsys.readouterr().err

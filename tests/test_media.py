@@ -8,7 +8,7 @@ from data import ClipError, normalize
 from encoders import SAMPLES_PER_FRAME
 from real import media
 from real.clips import read_clip, read_pieces, write_clip
-from real.folders import transcript
+from real.layouts import Entry, transcript
 from real.mouth import mouths
 
 
@@ -49,7 +49,7 @@ def test_reading(files, talker_clips):
 
 
 def test_written_clip_and_transcript(files, talker_clips):
-    assert transcript(files["mp4"]) == talker_clips[0].text
+    assert transcript(Entry(files["mp4"], "", source=files["mp4"].with_suffix(".txt"))) == talker_clips[0].text
     assert sorted(p.suffix for p in files["mp4"].parent.glob("clip.*")) == [".mp4", ".txt"]
     assert np.corrcoef(read_clip(files["mp4"]).wave, talker_clips[0].wave)[0, 1] > 0.99
 
@@ -91,7 +91,7 @@ def test_grid_clips_have_75_frames():
         clip = read_clip(path, box=(132, 170, 96, 96))
         n_samples = sum(map(len, media.wave_frames(media.probe(path))))
         assert len(clip.frames) == 75 and len(clip.wave) == 48000 and abs(n_samples - 47600) <= 100
-        assert len(normalize(transcript(path)).split()) == 6
+        assert len(normalize(transcript(Entry(path, "", source=path.with_suffix('.txt')))).split()) == 6
 
 
 # --- time ---
@@ -178,17 +178,21 @@ def test_the_last_samples_are_filled_up_with_silence():
     assert frames is None and len(wave) == 2 * 640 and wave[:740].all() and not wave[740:].any()
 
 
+def spans_of(level, longest):
+    return media.speech_spans(media.active_frames(level, media.SILENCE, 6), level, longest)
+
+
 def test_speech_spans():
     rng = np.random.default_rng(0)
     speech, pause = lambda n: rng.uniform(-35, -15, n), lambda n: rng.uniform(-72, -65, n)
     level = np.concatenate([pause(20), speech(60), pause(15), speech(40), pause(4), speech(30), pause(40)])
-    assert media.speech_spans(level, 100) == [(16, 84), (91, 173)]
-    assert media.speech_spans(level, 1000) == [(16, 84), (91, 173)]
-    short = media.speech_spans(level, 50)
+    assert spans_of(level, 100) == [(16, 84), (91, 173)]
+    assert spans_of(level, 1000) == [(16, 84), (91, 173)]
+    short = spans_of(level, 50)
     assert max(b - a for a, b in short) <= 50 and [a for a, _ in short][1:] != [b for _, b in short][:-1]
     assert any(133 <= b <= 140 for _, b in short)  # the long span is cut in the short pause at 135 to 139
     for constant in (np.full(500, -20.), rng.uniform(-21, -20, 500)):
-        spans = media.speech_spans(constant, 100)
+        spans = spans_of(constant, 100)
         assert spans[0][0] == 0 and spans[-1][1] == 500 and all(b == a for (_, b), (a, _) in zip(spans, spans[1:]))
 
 

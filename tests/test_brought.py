@@ -1,0 +1,400 @@
+"""python -m pytest tests/test_brought.py: files and mistakes that users bring; each is read right, or refused in a line."""
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, TRAINED, ffmpeg, tiny_avsr
+
+import data
+import sample
+import train
+from data import ClipError
+from encoders import FPS
+from real import files, media, mouth, setup
+from real.checkpoint import load_model, save_model
+from real.clips import read_clip, read_pieces
+from real.features import content
+from real.files import CheckpointError
+from toy.tokenizer import make_tokenizer
+
+LONGEST = 4     # seconds of a piece
+
+
+def pieces(path, **options):
+    return [(start, clip) for start, clip in read_pieces(media.probe(path), LONGEST, **options)]
+
+
+def write_mp4(path, frames, wave):
+    media.write_mp4(path, frames, wave.astype(np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def voice(talker_clips):
+    return talker_clips[0].wave
+
+
+# --- sound that is there but not heard ---
+
+def heard(path):
+    """The sound that is read, as (samples,)."""
+    return read_clip(path, streams=("audio",)).wave
+
+
+def alike(a, b):
+    n = min(len(a), len(b))
+    return np.corrcoef(a[:n], b[:n])[0, 1] ** 2 > 0.9
+
+
+def test_opposite_phases_do_not_cancel(tmp_path, voice, capsys):
+    soundfile.write(tmp_path / "a.wav", np.stack([voice, -voice], 1), 16000)
+    assert alike(heard(tmp_path / "a.wav"), voice) and "channels cancel out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_channels, channel", [(2, 1), (6, 3), (8, 7), (9, 0), (10, 9)])
+def test_a_voice_on_any_of_many_channels_is_heard(tmp_path, voice, n_channels, channel):
+    sound = np.zeros((len(voice), n_channels))
+    sound[:, channel] = voice
+    soundfile.write(tmp_path / "a.wav", sound, 16000)
+    assert alike(heard(tmp_path / "a.wav"), voice)
+
+
+def test_usual_stereo_is_mixed_without_a_word(tmp_path, voice, capsys):
+    soundfile.write(tmp_path / "a.wav", np.stack([voice, voice], 1), 16000)
+    assert alike(heard(tmp_path / "a.wav"), voice) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("default, silent, read", [(0, None, 0), (1, None, 1), (0, 0, 1), (None, 0, 1)])
+def test_the_default_track_is_read_or_the_first_with_sound(tmp_path, talker_clips, capsys, default, silent, read):
+    tracks = [clip.wave[:32000] for clip in talker_clips[:2]]
+    for i, wave in enumerate(tracks):
+        soundfile.write(tmp_path / f"{i}.wav", wave * (i != silent), 16000)
+    marks = [x for i in range(2) for x in (f"-disposition:a:{i}", "default" if i == default else "0")]
+    ffmpeg("-i", tmp_path / "0.wav", "-i", tmp_path / "1.wav", "-map", 0, "-map", 1, *marks, tmp_path / "two.mkv")
+    assert alike(heard(tmp_path / "two.mkv"), tracks[read])
+    assert f"2 sound tracks; read is number {read + 1}" in capsys.readouterr().err
+
+
+def test_a_silent_stream_is_said(tmp_path, talker_clips, capsys):
+    path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, 0 * talker_clips[0].wave)
+    assert read_clip(path).streams == ("video",) and "sound is silent" in capsys.readouterr().err
+
+
+def test_a_task_that_the_model_never_learned_is_said(tmp_path, voice, capsys):
+    words = ["bin", "blue"]
+    model = tiny_avsr(vocab=make_tokenizer(words).n_vocab)
+    save_model(model, tmp_path, {}, words, rates=[[2, 2]], tasks=["avsr"], method="mome", longest=4)
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    assert sample.main([str(tmp_path / "a.wav"), "--ckpt", str(tmp_path)]) == 0
+    assert "task asr, for which this model was not trained" in capsys.readouterr().err
+
+
+# --- long recordings ---
+
+def test_silence_is_not_read(tmp_path, voice, capsys):
+    soundfile.write(tmp_path / "a.wav", np.concatenate([voice, np.zeros(16000 * 120)]), 16000)
+    found = pieces(tmp_path / "a.wav")
+    assert len(found) == 1 and found[0][1].duration < len(voice) / 16000 + 0.5
+    assert "s without speech are skipped" in capsys.readouterr().err
+    soundfile.write(tmp_path / "late.wav", np.concatenate([np.zeros(16000 * 60), voice]), 16000)
+    assert 59.5 < pieces(tmp_path / "late.wav")[0][0] < 60.5
+
+
+def test_an_hour_of_flac_with_one_sentence(tmp_path, voice):
+    sound = np.zeros(16000 * 3600, np.float32)
+    sound[16000 * 1800:16000 * 1800 + len(voice)] = voice
+    soundfile.write(tmp_path / "hour.flac", sound, 16000)
+    (start, clip), = pieces(tmp_path / "hour.flac")
+    assert 1799.5 < start < 1800.5 and clip.duration < len(voice) / 16000 + 0.5
+
+
+def test_a_quiet_voice_is_a_voice(tmp_path, talker_clips):
+    loud, quiet = (clip.wave / np.abs(clip.wave).max() for clip in talker_clips[:2])
+    gap = np.random.default_rng(0).normal(0, 1e-5, 16000)
+    soundfile.write(tmp_path / "a.wav", .5 * np.concatenate([gap, loud, gap, quiet * 10 ** (-36 / 20), gap, loud, gap]), 16000, "FLOAT")
+    start, end = (32000 + len(loud)) / 16000, (32000 + len(loud) + len(quiet)) / 16000
+    found = [(max(start, at), min(end, at + clip.duration)) for at, clip in pieces(tmp_path / "a.wav")]
+    assert sum(max(0, last - first) for first, last in found) > 0.7 * (end - start)
+
+
+def test_lips_are_read_where_the_sound_is_over(tmp_path, talker_clips):
+    """Pictures of all clips, with a second of stillness after each; the sound ends after the second clip."""
+    frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips])
+    sound = np.concatenate([np.pad(clip.wave, (0, 16000)) for clip in talker_clips[:2]])
+    for kind, wave in (("over", sound), ("muted", np.pad(sound, (0, len(frames) * 640 - len(sound))))):
+        path = write_mp4(tmp_path / f"{kind}.mp4", frames, wave)
+        found = pieces(path)
+        streams = [clip.streams for _, clip in found]
+        assert streams[:2] == [("audio", "video")] * 2 and set(streams[2:]) == {("video",)}, kind
+        assert sum(clip.duration for _, clip in found[2:]) > 0.7 * sum(clip.duration for clip in talker_clips[2:])
+
+
+def test_pictures_that_do_not_move_say_nothing(tmp_path, talker_clips):
+    black, still = np.zeros((300, 32, 32), np.uint8), talker_clips[0].frames[:1].repeat(300, 0)
+    for frames in (black, still, still[:60]):
+        path = write_mp4(tmp_path / "a.mp4", frames, np.zeros(len(frames) * 640))
+        with pytest.raises(ClipError, match="sound is silent and its pictures do not move"):
+            pieces(path)
+
+
+def test_no_piece_is_a_leftover(tmp_path, talker_clips):
+    frames = np.concatenate([clip.frames for clip in talker_clips])[:LONGEST * FPS + 19]     # 4.76 s
+    write_mp4(tmp_path / "a.mp4", frames, np.zeros(len(frames) * 640))
+    ffmpeg("-i", tmp_path / "a.mp4", "-an", "-c", "copy", tmp_path / "mute.mp4")
+    assert min(clip.duration for _, clip in pieces(tmp_path / "mute.mp4")) >= 0.5
+
+
+@pytest.mark.parametrize("kind", ["ts", "mpg"])
+def test_joined_files_are_read_to_their_end(tmp_path, talker_clips, kind):
+    for i, clip in enumerate(talker_clips[:2]):
+        write_mp4(tmp_path / f"{i}.mp4", clip.frames, clip.wave)
+        ffmpeg("-i", tmp_path / f"{i}.mp4", "-c:v", "mpeg2video", "-b:v", "2M", "-c:a", "mp2", tmp_path / f"{i}.{kind}")
+    joined = tmp_path / f"joined.{kind}"
+    joined.write_bytes((tmp_path / f"0.{kind}").read_bytes() + (tmp_path / f"1.{kind}").read_bytes())
+    clip = read_clip(joined)
+    assert clip.duration == pytest.approx(sum(clip.duration for clip in talker_clips[:2]), abs=0.4)
+    n = len(talker_clips[0].frames)
+    assert np.abs(clip.frames[n + 10:n + 40].astype(int) - talker_clips[1].frames[10:40]).mean() < 25
+    assert len(clip.wave) == len(clip.frames) * 640
+
+
+# --- files with faults ---
+
+def test_a_clip_with_a_changed_byte_is_used_with_a_note(tmp_path, talker_clips, capsys):
+    clip, rng, n_used = talker_clips[0], np.random.default_rng(0), 0
+    write_mp4(tmp_path / "a.mp4", clip.frames.repeat(3, 1).repeat(3, 2), clip.wave)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", "mpeg1video", "-b:v", "400k", "-c:a", "mp2", tmp_path / "a.mpg")
+    whole = (tmp_path / "a.mpg").read_bytes()
+    for i in range(6):
+        content = bytearray(whole)
+        content[int(rng.uniform(.3, .9) * len(whole))] ^= 0x55
+        (tmp_path / f"{i}.mpg").write_bytes(content)
+        used = read_clip(tmp_path / f"{i}.mpg")
+        assert abs(used.duration - clip.duration) < 0.2
+        n_used += "read, but damaged" in capsys.readouterr().err
+    assert n_used
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", "libx264", "-c:a", "aac", "-movflags", "+faststart", "-y", tmp_path / "half.mp4")
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "half.mp4").read_bytes()[:-20_000])
+    with pytest.raises(ClipError, match="damaged"):
+        read_clip(tmp_path / "half.mp4")
+
+
+def test_a_long_clip_is_refused_by_its_header(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=1280x720:rate=25:duration=120", "-preset", "ultrafast", tmp_path / "long.mp4")
+    since = time.process_time()
+    with pytest.raises(ClipError, match="longer than 30 s"):
+        read_clip(tmp_path / "long.mp4", box="all")
+    assert time.process_time() - since < 1
+
+
+def test_the_box_counts_pixels_as_shown(tmp_path):
+    """A white square of shown pixels 600 to 664 in a picture stored 720 wide and shown 1024 wide (PAL, 16:9)."""
+    ffmpeg("-f", "lavfi", "-i", "color=black:size=1024x576:duration=1:rate=25", "-vf",
+           "drawbox=x=900:y=200:w=64:h=64:color=white:t=fill,scale=720:576,setsar=64/45", tmp_path / "pal.mkv")
+    source = media.probe(tmp_path / "pal.mkv")
+    assert source.picture_size == (1024, 576)
+    frame = next(iter(mouth.mouths(source, 32, (904, 204, 56, 56))))
+    assert frame.mean() > 200
+    with pytest.raises(ClipError, match="reaches beyond its pictures of 1024x576"):
+        next(iter(mouth.mouths(source, 32, (1000, 0, 64, 64))))
+
+
+def test_an_address_is_not_a_file():
+    with pytest.raises(ClipError, match="https://example.org/a.mp4: an address"):
+        media.probe("https://example.org/a.mp4")
+
+
+# --- faces ---
+
+def test_gaps_without_a_face(tmp_path, capsys):
+    source = media.Source(tmp_path / "a.mp4", 0., False, (64, 64), 4.)
+    points = {t: np.full(8, t + 1j * t) for t in range(100)}
+    short = {t: p for t, p in points.items() if t >= 20 and not 40 <= t < 60}
+    filled = mouth.fill_gaps(short, 100, source)
+    assert np.allclose(filled[50], 50 + 50j) and np.allclose(filled[0], 20 + 20j) and not np.isnan(filled).any()
+    assert "no face in frames 0-19" in capsys.readouterr().err
+    long = {t: p for t, p in points.items() if not 40 <= t < 70}
+    assert np.flatnonzero(np.isnan(mouth.fill_gaps(long, 100, source)[:, 0])).tolist() == list(range(40, 70))
+
+
+def test_a_piece_without_a_face_is_lost_and_not_the_talk():
+    frames = [None if 10 <= t < 20 else np.full((2, 2), t, np.uint8) for t in range(40)]
+    found = list(media.cut_pieces(None, iter(frames), [(0, 10), (10, 20), (20, 40)]))
+    assert [start for start, _, frames in found if frames is not None] == [0, 20]
+
+
+def test_notes_are_seen_while_a_face_is_looked_for():
+    code = ("import os, sys; from real.mouth import quiet; from real.files import note\n"
+            "with quiet():\n    note('left out: a.mp4'); os.write(2, b'chatter')\nnote('after')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.split("\n")[:2] == ["note: left out: a.mp4", "note: after"], done
+
+
+# --- caches and checkpoints ---
+
+def test_features_are_known_by_content(talker_clips):
+    clip, other = talker_clips[0], talker_clips[1]
+    replaced = data.Clip(clip.name, clip.text, other.wave, clip.frames, other.log_power)
+    assert content(clip, "video") == content(replaced, "video") and content(clip, "audio") != content(replaced, "audio")
+
+
+def saved(folder, seed=0, words=("bin", "blue")):
+    folder.mkdir(exist_ok=True)
+    model = tiny_avsr(seed, vocab=make_tokenizer(words).n_vocab)
+    save_model(model, folder, {}, list(words), rates=[[2, 2]], tasks=["avsr"], method="mome", longest=4)
+    return folder
+
+
+def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    saved(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    write, n_written = files.Path.write_bytes, []
+
+    def disk_full(path, content):
+        n_written.append(path)
+        if len(n_written) == 3:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(files.Path, "write_bytes", disk_full)
+    with pytest.raises(OSError, match="No space left.*config.json"):
+        saved(tmp_path / "a", seed=1, words=("red", "green"))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+
+@pytest.mark.parametrize("change", [
+    lambda a, b: (a / "tokenizer.json").write_bytes((b / "tokenizer.json").read_bytes()),
+    lambda a, b: (a / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()),
+    lambda a, b: (a / "tokenizer.json").write_text((a / "tokenizer.json").read_text().replace('"bin",', "")),
+    lambda a, b: (a / "tokenizer.json").unlink()])
+def test_parts_of_a_checkpoint_must_belong_together(tmp_path, change):
+    a, b = saved(tmp_path / "a"), saved(tmp_path / "b", 1, ("red", "green"))
+    load_model(a)
+    change(a, b)
+    with pytest.raises(CheckpointError, match="of another run"):
+        load_model(a)
+
+
+@pytest.mark.parametrize("change", [
+    lambda config: config["model"]["llm"].update(n_layers=1_000_000), lambda config: config.update(tasks=["opera"]),
+    lambda config: config.update(rates=[[0, 2]]), lambda config: config["model"]["audio"].update(dim=10 ** 9)])
+def test_a_checkpoint_beyond_reason_is_refused_at_once(tmp_path, change):
+    path = saved(tmp_path / "a") / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    since = time.process_time()
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(tmp_path / "a")
+    assert time.process_time() - since < 5
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    saved(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_model(tmp_path / "a")
+
+
+# --- training ---
+
+def test_clips_of_nearly_30_s_are_not_stretched_beyond(talker_clips):
+    wave = np.resize(talker_clips[0].wave, 16000 * 29)
+    clip = data.with_log_power(data.Clip("a", "text", wave))
+    for seed in range(20):
+        (_, lengths), = data.batch([clip], ["audio"], random.Random(seed)).values()
+        assert lengths.item() <= 3000
+
+
+def run(capsys, *argv):
+    code = train.main([*TRAINED, *map(str, argv)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    return code, lines
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_old_model(tmp_path, capsys):
+    saved(tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    code, (line,) = run(capsys, "--out", tmp_path / "out", "--lr", 1e30, "--steps", 6)
+    assert code == 2 and "the loss is nan" in line and "talker" in line
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before and not (tmp_path / "out/.lock").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, capsys):
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / ".lock").write_text(str(other.pid))
+        code, (line,) = run(capsys, "--out", tmp_path)
+        assert code == 2 and f"process {other.pid} trains into it" in line
+    finally:
+        other.kill()
+        other.wait()
+    with setup.own_folder(tmp_path):     # the lock of a process that is gone
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, (line,) = run(capsys, "--out", tmp_path / "file")
+    assert code == 2 and "a file, not a folder" in line
+    with pytest.raises(SystemExit):
+        train.main(["--out", ""])
+
+
+def test_too_few_clips_to_hold_out(talker_clips):
+    with pytest.raises(ClipError, match="only 5; leave it out"):
+        setup.hold_out(talker_clips)
+
+
+def test_samples_of_clips_with_long_names(tmp_path, voice):
+    path = tmp_path / f"{'ü' * 122}.wav"
+    soundfile.write(path, voice, 16000)
+    clip = data.Clip(str(path), "text", voice)
+    setup.write_samples(train.TrainConfig(data="x"), [clip], tmp_path / "samples")
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+# --- the terminal ---
+
+def test_letters_that_the_terminal_lacks(tmp_path, voice):
+    saved(tmp_path / "out", words=("blåbär", "größe"))
+    soundfile.write(tmp_path / "größe.wav", voice, 16000)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, ROOT / "sample.py", tmp_path / "größe.wav", tmp_path / "fehlt-größe.wav", "--ckpt", tmp_path / "out", "--task", "asr"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "no such file" in done.stderr
+
+
+def test_a_closed_pipe_ends_sample_py(tmp_path, voice):
+    saved(tmp_path / "out")
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", voice, 16000)
+    paths = " ".join(str(tmp_path / f"{i}.wav") for i in range(4))
+    command = f"{sys.executable} {ROOT}/sample.py {paths} --ckpt {tmp_path}/out --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and "Broken pipe" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_pattern_in_quotes_is_expanded(tmp_path, voice, capsys):
+    saved(tmp_path / "out")
+    for i in range(2):
+        soundfile.write(tmp_path / f"clip{i}.wav", voice, 16000)
+    assert sample.main([str(tmp_path / "clip*.wav"), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_scripts_without_spaces_are_measured_by_letters():
+    from real.report import error_rates, table
+    assert error_rates(["ab c"], ["ab d"]) == {"wer": 0.5}
+    rates = error_rates(["ภาษาไทย"], ["ภาษาไทย์"])
+    assert rates["wer"] == 1 and 0 < rates["cer"] < 0.3
+    row = {"task": "asr", "audio_rate": 2, "video_rate": None, "snr_db": None, "tokens": 9., **rates}
+    assert table([row]).startswith("CER %")
