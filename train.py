@@ -36,7 +36,7 @@ from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
 TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
-METHODS = ("mome", "lora", "projectors")
+METHODS = {"mome": 4.5e-3, "lora": 4.5e-3, "projectors": 2e-3}  # and the best peak learning rate of each
 PRESETS = {"": {}, "paper": dict(
     rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12,
     lr=1e-3, weight_decay=0.1, epochs=10, beam=15)}
@@ -49,7 +49,7 @@ class TrainConfig:
                                "'4:2,16:5' audio:video pairs; '4,16x2,5' every pair")
     out: str = flag("out", "folder for the model, its metrics and samples")
     tasks: str = flag("avsr,asr,vsr", "what to train and test: audio-visual, audio-only, video-only")
-    method: str = flag("mome", "trained beside the projectors: MoME, LoRA or nothing", choices=METHODS)
+    method: str = flag("mome", "trained beside the projectors: MoME, LoRA or nothing", choices=tuple(METHODS))
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
     max_bad: str = flag("1%", "share of these clips that may be unusable")
     box: str = flag("", "x,y,w,h of the mouth in the pictures (default: it is searched)")
@@ -73,7 +73,7 @@ class TrainConfig:
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
     batch_size: int = flag(4, "clips in a step of stage 3", least=1)
-    lr: float = flag(0., "peak learning rate of stage 3; 0: 6e-3, with --data 1.5e-3", least=0)
+    lr: float = flag(0., "peak learning rate of stage 3; 0: 4.5e-3, projectors 2e-3, with --data 1.5e-3", least=0)
     weight_decay: float = flag(0.1, "of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
     valid_clips: int = flag(200, "its clips that set the threshold of sample.py --rate auto", least=1)
@@ -88,7 +88,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self):
-        return self.lr or (1.5e-3 if self.data else 6e-3)
+        return self.lr or (1.5e-3 if self.data else METHODS[self.method])
 
     @property
     def experts(self):
