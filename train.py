@@ -73,7 +73,7 @@ class TrainConfig:
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
     batch_size: int = flag(4, "clips in a step of stage 3", least=1)
-    lr: float = flag(0., "peak learning rate of stage 3; 0: 4.5e-3, projectors 2e-3, with --data 1.5e-3", least=0)
+    lr: float = flag(0., "peak learning rate; 0: 4.5e-3, projectors 2e-3, with --data 1.5e-3", least=0)
     weight_decay: float = flag(0.1, "of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
     valid_clips: int = flag(200, "its clips that set the threshold of sample.py --rate auto", least=1)
