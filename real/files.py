@@ -35,7 +35,7 @@ def file_of(name):
 
 def expanded(paths):
     """Paths, where a pattern like *.mp4 that the shell left is replaced by what it matches."""
-    return [found for path in paths for found in (not Path(path).exists() and sorted(glob(str(path))) or [path])]
+    return [found for path in paths for found in (not os.path.exists(path) and sorted(glob(str(path))) or [path])]
 
 
 def shown(path):

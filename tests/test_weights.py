@@ -78,6 +78,12 @@ def change(path, edit):
     save_file(tensors, path)
 
 
+def change_config(folder, edit):
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 WRONG_LLAMAS = {
     "no tensor 'model.layers.1.mlp.up_proj.weight'": lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
     "no place for: model.extra": lambda t: t.update({"model.extra": torch.zeros(1)}),
@@ -377,7 +383,13 @@ PRE_TOKENIZERS = {
         t.pre_tokenizers.Digits(True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     "Llama 3": lambda t: t.pre_tokenizers.Sequence([
         t.pre_tokenizers.Split(t.Regex(tokenizer.LLAMA3_WORDS), "isolated"),
-        t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])}
+        t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "DeepSeek-Coder": lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Split(t.Regex("[\r\n]"), "isolated"), t.pre_tokenizers.Split(t.Regex(r"\s?\p{L}+"), "isolated"),
+        t.pre_tokenizers.Split(t.Regex(r"\s?\p{P}+"), "isolated"), t.pre_tokenizers.Split("=", "isolated"),
+        t.pre_tokenizers.Digits(individual_digits=True), t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "runs of digits": lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Digits(individual_digits=False), t.pre_tokenizers.ByteLevel(add_prefix_space=False)])}
 
 
 @pytest.mark.parametrize("alphabet", [True, False], ids=["all bytes", "some bytes"])
@@ -413,3 +425,29 @@ def test_tokenizers_that_are_not_supported_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}}}))
     with pytest.raises(WeightsError, match="SentencePiece"):
         data.load_tokenizer(tmp_path)
+    for step in ({"type": "Split", "pattern": {"Regex": " "}, "behavior": "MergedWithNext", "invert": False},
+                 {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Isolated", "invert": True},
+                 {"type": "Metaspace"}):
+        steps = {"type": "Sequence", "pretokenizers": [step, {"type": "ByteLevel", "add_prefix_space": False}]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}, "pre_tokenizer": steps}))
+        with pytest.raises(WeightsError, match=f"not supported: .*{step.get('behavior', 'Metaspace')}"):
+            data.load_tokenizer(tmp_path)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_counts_although_the_config_says_tied(tmp_path):
+    random_llama(tmp_path)
+    change_config(tmp_path, lambda config: config.update(tie_word_embeddings=True))
+    theirs, tokens = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval(), torch.randint(0, 99, (2, 9))
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_quantised_weights_and_pointers_are_named(tmp_path):
+    random_llama(tmp_path)
+    change_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+    with pytest.raises(WeightsError, match="quantised by bitsandbytes"):
+        Llama.from_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: config.pop("quantization_config"))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(WeightsError, match="git lfs pull"):
+        Llama.from_pretrained(tmp_path)
