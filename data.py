@@ -220,11 +220,11 @@ def drawn_clips(clips, size, seed, step):
     return chosen
 
 
-def prefetched(make, steps, ahead=4):
-    """Yield make(0), make(1), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
+def prefetched(make, first, steps, ahead=4):
+    """Yield make(first), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
     with ThreadPoolExecutor(1) as worker:
-        waiting = deque(worker.submit(make, step) for step in range(min(ahead, steps)))
-        for step in range(steps):
+        waiting = deque(worker.submit(make, step) for step in range(first, min(first + ahead, steps)))
+        for step in range(first, steps):
             yield waiting.popleft().result()
             if step + ahead < steps:
                 waiting.append(worker.submit(make, step + ahead))

@@ -28,10 +28,11 @@ from extras.auto import calibrate
 from extras.baselines import add_lora, lora_rank
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
-from real.files import ERRORS, TrainingError, note, run_script, write_json
+from real.files import ERRORS, note, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, count_parameters, table
-from real.setup import check_config, load_for_test, own_folder, set_up, threads, write_samples
+from real.run import Run, own_folder, threads
+from real.setup import check_config, load_for_test, set_up, write_samples
 from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
@@ -84,6 +85,8 @@ class TrainConfig:
     llm_steps: int = flag(1000, "of stage 2", least=1)
     projector_dim: int = flag(0, "hidden width of the projectors; 0: the LLM's width, at least 256", least=0)
     valid_every: int = flag(0, "steps between tests on held-out clips; 0: no test, no clip held out", least=0)
+    save_every: float = flag(5., "minutes between states of stage 3 in --out, from which it goes on", least=0)
+    fresh: bool = flag(False, "start anew, although --out has the state of a run that was stopped")
     beam: int = flag(1, "beam width in the test; 1 is greedy", least=1)
 
     @property
@@ -122,28 +125,31 @@ def learning_rate(step, steps, peak):
     return peak * min(warmup, cosine)
 
 
-def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, check=None):
+def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None, check=None):
     """Train projectors, markers and MoME on all rates at once. Encoders and Llama stay frozen.
 
-    `check(step, loss)` runs every --valid-every steps."""
-    seed, steps = config.seed, n_steps(config, len(clips))
+    run: see real/run.py. `check(step, loss)` runs every --valid-every steps."""
+    seed = config.seed
+    by_epochs = math.ceil(config.epochs * len(clips) / config.batch_size)
+    steps = config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1400)
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
     voices = [clip for clip in clips if "audio" in clip.streams]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(trained, config.peak_lr, betas=(0.9, 0.98), weight_decay=decay)
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def batch_of(step):
-        """The task, the encoded clips and the transcripts of a step: a function of (seed, step)."""
+        """The task, the clips and the encoded clips of a step: a function of (seed, step)."""
         rng = random.Random(f"{seed} {step}")
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
         chosen = drawn_clips(usable[task], config.batch_size, seed, step)
-        transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
-        return task, encode_clips(model, chosen, task, rng, voices, features), transcripts
+        return task, chosen, encode_clips(model, chosen, task, rng, voices, features)
 
-    progress = tqdm(prefetched(batch_of, steps), f"stage 3, {config.method}", steps)
-    recent = []                                             # losses since the last check
-    for step, (task, encoded, transcripts) in enumerate(progress):
+    first = run.begin(trained, optimizer)
+    recent = run.kept["recent"]                             # losses since the last check
+    batches = prefetched(batch_of, first, steps)
+    progress = tqdm(batches, f"stage 3, {config.method}", steps, initial=first)
+    for step, (task, chosen, encoded) in enumerate(progress, first):
+        transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
         rate_sets = task_rates(task, pairs)
         total = 0
         for rates in rate_sets:                             # one backward each: memory for one set of rates
@@ -151,25 +157,18 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, features=None, che
             loss = (cross_entropy + BALANCE_WEIGHT * balance) / len(rate_sets)
             loss.backward()
             total += loss.item()
-        if not math.isfinite(total):
-            names = ", ".join(clip.name for clip in drawn_clips(usable[task], config.batch_size, seed, step))
-            raise TrainingError(f"step {step}: the loss is {total}; try a smaller --lr; its clips: {names}")
+        run.log(step, task, chosen, total, balance, model.llm)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         optimizer.step()
         optimizer.zero_grad()
         recent.append(total)
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{total:.3f}")
+        progress.set_postfix(loss=f"{total:.3f}", refresh=False)
         if config.valid_every and (step + 1) % config.valid_every == 0:
             check(step + 1, sum(recent) / len(recent))
             recent.clear()
-
-
-def n_steps(config, n_clips):
-    """Length of stage 3: --steps, else --epochs, else a default for the kind of job."""
-    by_epochs = math.ceil(config.epochs * n_clips / config.batch_size)
-    return config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1400)
+        run.after(step + 1)
+    run.save(steps)
 
 
 # --- main -------------------------------------------------------------------------------------------------
@@ -177,31 +176,34 @@ def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
     model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
-    saved = {"rates": pairs, "tasks": tasks, "method": config.method,
-             "longest": max(clip.duration for clip in clips["train"])}
+    longest = max(clip.duration for clip in clips["train"])
+    saved = {"rates": pairs, "tasks": tasks, "method": config.method, "longest": longest}
     torch.manual_seed(config.seed)
     if config.method == "lora":
         saved["lora_rank"] = lora_rank(model.llm.config, config)
         add_lora(model.llm, saved["lora_rank"])
     print(count_parameters(model, config.method))
-    curve = []
+    run = Run(config, clips["train"])
 
     def test_held_out(step, loss):
         rows = evaluate(model, clips["valid"], fixed_plan(tasks, pairs), [None], tokenizer)
-        curve.append({"step": step, "loss": loss, "rows": [row | {"split": "valid"} for row in rows]})
+        rows = [row | {"split": "valid"} for row in rows]
+        run.kept["curve"].append({"step": step, "loss": loss, "rows": rows})
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
         model.train()
 
-    with threads(1 if features else 0.5):                   # cached features leave all cores to the step
-        train_mome(model.train(), clips["train"], tasks, pairs, tokenizer, config, features, test_held_out)
+    model.train()
+    with run, threads(1 if features else 0.5):              # cached features leave all cores to the step
+        train_mome(model, clips["train"], tasks, pairs, tokenizer, config, run, features, test_held_out)
     watch.lap("stage 3")
     if "valid" in clips:
         saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer)
         watch.lap("calibration")
     save_model(model, out, **frozen, **saved)
+    run.finish()
     (out / "curve.json").unlink(missing_ok=True)            # of an earlier model
-    if curve:
-        write_json(out / "curve.json", curve)
+    if run.kept["curve"]:
+        write_json(out / "curve.json", run.kept["curve"])
     write_samples(config, clips["test"], out / "samples")
     return model, saved | {"paths": config.real_paths}, clips["test"]
 

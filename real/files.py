@@ -67,6 +67,8 @@ def write_together(contents):
     try:
         for path, content in contents.items():
             temporary_of(path).write_bytes(content)
+            with open(temporary_of(path), "rb") as file:
+                os.fsync(file.fileno())        # a rename must not reach the disk before the content
         for path in contents:
             os.replace(temporary_of(path), path)
     except OSError as error:

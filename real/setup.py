@@ -1,8 +1,6 @@
 """What stage 3 starts from: checked flags, clips, and the model around its frozen parts, real ones or stand-ins."""
-import os
 import shutil
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -13,7 +11,7 @@ from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
-from real.files import CheckpointError, file_of, write_together
+from real.files import CheckpointError, file_of
 from real.features import Features
 from real.folders import folder_clips
 from real.mouth import parse_box
@@ -50,48 +48,6 @@ def check_config(config):
         raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
-
-
-CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
-
-
-@contextmanager
-def threads(share):
-    """In this block a thread uses this share of the cores that torch takes by itself, at least one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(share * CORES)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def own_folder(folder):
-    """In this block the folder exists, can be written, and belongs to this process. Raises OSError, CheckpointError."""
-    lock = Path(folder, ".lock")
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    owner = lock.read_text() if lock.is_file() else ""
-    if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
-        raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out")
-    write_together({lock: str(os.getpid()).encode()})
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def is_running(process):
-    """Whether there is a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def cache_folder(config):

@@ -21,6 +21,7 @@ from real.checkpoint import load_model, save_model
 from real.clips import read_clip, read_pieces
 from real.features import content
 from real.files import CheckpointError
+from real.run import own_folder
 from toy.tokenizer import make_tokenizer
 
 LONGEST = 4     # seconds of a piece
@@ -336,7 +337,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path, capsys):
     finally:
         other.kill()
         other.wait()
-    with setup.own_folder(tmp_path):     # the lock of a process that is gone
+    with own_folder(tmp_path):     # the lock of a process that is gone
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / ".lock").exists()
 

@@ -183,7 +183,8 @@ def test_clips_of_a_step_are_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 9])
 def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
-    assert list(data.prefetched(lambda step: step ** 2, steps)) == [step ** 2 for step in range(steps)]
+    for first in (0, 2):
+        assert list(data.prefetched(lambda step: step ** 2, first, steps)) == [step ** 2 for step in range(first, steps)]
 
     def fail(step):
         if step == 2:
@@ -191,7 +192,7 @@ def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
         return step
     if steps > 2:
         with pytest.raises(ValueError, match="step 2"):
-            list(data.prefetched(fail, steps))
+            list(data.prefetched(fail, 0, steps))
 
 
 # --- text ---

@@ -27,6 +27,7 @@ from data import batch, drawn_clips, to_device
 from encoders import FPS
 from mome import Llama
 from real.files import write_whole
+from real.run import begin_worker
 from toy.talker import LEXICON
 from toy.tokenizer import common_words
 
@@ -168,7 +169,7 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
     units = sorted({unit for word in common_words(texts) for unit in spell(word)})
     digest = clips_digest(clips) if set(model.encoders) - set(given) else ""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (torch.get_num_threads(),)) as beside:
+    with ProcessPoolExecutor(1, spawn, begin_worker, (torch.get_num_threads(),)) as beside:
         if "llm" not in given:
             plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
             torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import Clip, with_log_power
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from real.run import begin_worker
 
 GRID = [words.split() for words in (  # the grammar of the GRID corpus: one word of each row
     "bin lay place set", "blue green red white", "at by in with", "a b c d e f g h i j k l m n o p q r s t u v x y z",
@@ -223,7 +224,7 @@ def talker_clips(counts, seed, size=32):
     jobs = [(split, i, seed, size, split != "train") for split, count in counts.items() for i in range(count)]
     n_workers = min(8, len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, spawn, torch.set_num_threads, (1,)) as workers:
+    with ProcessPoolExecutor(n_workers, spawn, begin_worker, (1,)) as workers:
         clips = iter(tqdm(workers.map(talker_clip, jobs, chunksize=20), "clips", len(jobs), leave=False))
         return {split: list(itertools.islice(clips, count)) for split, count in counts.items()}
 
