@@ -31,7 +31,7 @@ from real.checkpoint import EXPERTS, save_model
 from real.files import ERRORS, note, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, count_parameters, table
-from real.run import Run, own_folder, threads
+from real.run import Run, choose_device, own_folder, threads
 from real.setup import check_config, load_for_test, set_up, write_samples
 from sample import decoder_at, evaluate, fixed_plan
 
@@ -110,7 +110,6 @@ class TrainConfig:
 # --- stage 3: the paper -----------------------------------------------------------------------------------
 def encode_clips(model, clips, task, rng, voices, features):
     """Augmented clips through the frozen encoders, once for all rates -> {stream: (tokens, lengths)}.
-
     Real encoders have read the clips before, see real/features.py."""
     cached = [stream for stream in TASKS[task] if features and stream in features.identity]
     encoded = features.batch(clips, cached, rng) if cached else {}
@@ -127,7 +126,6 @@ def learning_rate(step, steps, peak):
 
 def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None, check=None):
     """Train projectors, markers and MoME on all rates at once. Encoders and Llama stay frozen.
-
     run: see real/run.py. `check(step, loss)` runs every --valid-every steps."""
     seed = config.seed
     by_epochs = math.ceil(config.epochs * len(clips) / config.batch_size)
@@ -216,7 +214,7 @@ def run(config):
         return
     out, watch = Path(config.out), Stopwatch()
     tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     if config.eval_only:
         model, saved, clips = load_for_test(config, tasks, device)
         config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},

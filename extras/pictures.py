@@ -84,7 +84,7 @@ def curves(folders):
     Folders of one method are its seeds. The noises are None (clean) and the lowest SNR of all."""
     found = {}
     for metrics in (read_json(Path(folder, "metrics.json")) for folder in folders):
-        for row in (row for row in metrics["rows"] if row["task"] == "avsr"):
+        for row in (row for row in metrics.get("rows", []) if row["task"] == "avsr"):
             points = found.setdefault(row["snr_db"], {}).setdefault(metrics["config"]["method"], {})
             rates = f"{row['audio_rate']}:{row['video_rate']}"
             points.setdefault(rates, []).append((row["tokens"], 100 * row["wer"]))

@@ -19,6 +19,7 @@ from data import TASKS, load_tokenizer
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
 from real.files import CheckpointError, WeightsError, to_json, write_together
+from real.run import choose_device
 from real.weights import fingerprint, refuse_pointer
 
 FORMAT = 3  # raise it when old checkpoints can no longer be loaded
@@ -105,11 +106,8 @@ def check_together(folder, config):
 @lru_cache(maxsize=1)
 def load_for_use(ckpt, verify=False, device="auto", **paths):
     """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     paths = {part: path for part, path in paths.items() if path}
-    model, config = load_model(ckpt, paths, verify, device)
+    model, config = load_model(ckpt, paths, verify, choose_device(device))
     return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
 
 

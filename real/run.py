@@ -39,6 +39,18 @@ def threads(share):
         torch.set_num_threads(before)
 
 
+def choose_device(name):
+    """--device (auto, cpu or cuda) -> torch.device. Raises TrainingError for a GPU that torch cannot use."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    try:
+        torch.ones(1, device="cuda").add_(1).item()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"--device {name}: torch cannot use a GPU here ({reason}); use --device cpu") from None
+    return torch.device("cuda")
+
+
 def begin_worker(n_threads):
     """What a worker process calls first: it takes so many threads, and ends when its parent does, by whatever signal."""
     def wait():
@@ -62,6 +74,9 @@ def own_folder(folder):
     if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out")
     write_together({lock: str(os.getpid()).encode()})
+    for left in Path(folder).glob(".*.*"):     # half-written files of processes that were killed
+        if left.suffix[1:].isdigit() and not is_running(int(left.suffix[1:])):
+            left.unlink()
     try:
         yield
     finally:

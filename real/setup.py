@@ -46,8 +46,6 @@ def check_config(config):
         raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
     if config.preset and not config.dry_run and len(config.real_paths) < 3:
         raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; use auto or cpu")
 
 
 def cache_folder(config):

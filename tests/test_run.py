@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TRAINED
 from safetensors.torch import load_file, save_file
 
+import sample
 import train
 from real.run import Run
 
@@ -131,3 +132,11 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     while any(os.path.isdir(f"/proc/{pid}") for pid in workers) and time.monotonic() < until:
         time.sleep(0.2)
     assert workers and not [pid for pid in workers if os.path.isdir(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize("module", [train, sample])
+def test_a_gpu_that_torch_cannot_use_is_one_line(whole, module, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)     # torch itself says why it is not
+    argv = command(whole.parent / "gpu") if module is train else ["--ckpt", str(whole)]
+    assert module.main([*argv, "--device", "auto"]) == 2
+    assert "--device auto: torch cannot use a GPU here (" in capsys.readouterr().err
