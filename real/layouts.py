@@ -9,14 +9,14 @@
     LRS3, or your own                NAME.mp4 and NAME.txt; the text follows `Text:`, or is the whole file
 
 A split is named by the table or list, or by a folder: train, dev and test, or a name that begins with one of them.
-Where no split is named, Entry.split is None for all. Links to files and folders are followed.
+Where no split is named, or training or testing has no folder, Entry.split is None. Links are followed.
 """
 import csv
 import io
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -79,8 +79,7 @@ def read_text(path):
 
 def named_split(name):
     """The split that a file or folder name begins with, like train-clean-100; else None."""
-    words = re.split(r"[-_. ]", name.lower())
-    return SPLITS.get(words[0]) or SPLITS.get(words[-1])
+    return SPLITS.get(re.split(r"[-_. ]", name.lower())[0])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def lrs2(folder, files):
 
 
 def sphinx(folder, files):
-    lists = [path for path in files if path.suffix == ".fileids"]
+    lists = [path for path in files if path.suffix == ".fileids"]      # their names end with that of the split
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
     for path in lists:
@@ -160,7 +159,7 @@ def sphinx(folder, files):
                 texts[found[2]] = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
-            listed.append(Entry(clips.get(stem, stem), stem.parent.name, named_split(path.stem), texts.get(stem.name)))
+            listed.append(Entry(clips.get(stem, stem), stem.parent.name, named_split(path.stem.rpartition("_")[2]), texts.get(stem.name)))
     return listed
 
 
@@ -189,6 +188,8 @@ def side_by_side(folder, files):
             source = max(aligns[path.stem], key=lambda align: len(set(align.parts) & set(path.parts)), default=None)
         sound = sounds.get((path.parent.name, path.stem)) if path in pictures.values() else None
         listed += cut(Entry(path, talker, split, text, source, sound))
+    if not {"train", "test"} <= {entry.split for entry in listed}:     # as in LibriSpeech's train-clean-100 alone
+        listed = [replace(entry, split=None) for entry in listed]
     return listed
 
 

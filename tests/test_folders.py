@@ -313,3 +313,10 @@ def test_what_is_passed_over_is_said(tmp_path, capsys):
     assert "layout: transcripts beside the clips; passed over: 1 .xyz" in out and "4 clips can be used" in out
     folder_clips(tmp_path)
     assert "passed over" in capsys.readouterr().err
+
+
+def test_one_split_alone_is_split_by_talker(tmp_path):
+    for talker in "abcde":
+        write_tone(tmp_path / f"train-clean-100/{talker}/1/{talker}-1-0.wav", "")
+        write(tmp_path / f"train-clean-100/{talker}/1/{talker}-1.trans.txt", f"{talker}-1-0 SAYS {talker}\n")
+    assert sorted(split for _, split, _ in found(tmp_path)[1].values()) == ["test", "train", "train", "train", "train"]
