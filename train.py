@@ -55,7 +55,7 @@ class TrainConfig:
     max_bad: str = flag("1%", "share of these clips that may be unusable")
     box: str = flag("", "x,y,w,h of the mouth in the pictures (default: it is searched)")
     seed: int = flag(0, "of everything random", least=0)
-    steps: int = flag(0, "of stage 3; 0: by --epochs, else 1400, 3500 with --data, 700 with --llm", least=0)
+    steps: int = flag(0, "of stage 3; 0: by --epochs, else 1700, 3500 with --data, 700 with --llm", least=0)
     epochs: float = flag(0., "length of stage 3 in passes over the training clips, if --steps is 0", least=0)
     snr: str = flag("clean,0,-5", "noise in the test: dB of speech over babble")
     eval_only: bool = flag(False, "test the model in --out, train nothing")
@@ -129,7 +129,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
     run: see real/run.py. `check(step, loss)` runs every --valid-every steps."""
     seed = config.seed
     by_epochs = math.ceil(config.epochs * len(clips) / config.batch_size)
-    steps = config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1400)
+    steps = config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1700)
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
     voices = [clip for clip in clips if "audio" in clip.streams]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
