@@ -212,5 +212,5 @@ class Run:
                 loads.append((counts.max() / counts.mean()).item())
                 entropies.append(-(probs.mean(0) * probs.mean(0).clamp(min=1e-9).log()).sum().item())
         lr, seconds = self.optimizer.param_groups[0]["lr"], time.monotonic() - self.began
-        self.log_rows.writerow([step, task, f"{loss:.4f}", f"{float(balance):.4f}", f"{max(loads):.2f}", f"{max(entropies):.3f}", f"{lr:.2e}", f"{seconds:.1f}"])
+        self.log_rows.writerow([step, task, f"{loss:.4f}", f"{float(torch.as_tensor(balance).detach()):.4f}", f"{max(loads):.2f}", f"{max(entropies):.3f}", f"{lr:.2e}", f"{seconds:.1f}"])
         self.log_file.flush()
