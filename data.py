@@ -233,7 +233,6 @@ def prefetched(make, first, steps, ahead=4):
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
-
     Training, WER and transcripts share it. Unicode's NFC makes equal words equal, in whatever encoding."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     text = regex.sub("[\u00ad\u2060\u200e\u200f]", "", text)     # hyphens and marks that are not seen

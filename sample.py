@@ -165,7 +165,6 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (which the
     LLM reads before the first word), duration (s), seconds (spent), logprob (mean per output token), and
     segments, which have start, end, text and the like for each piece; `on_segment` is called with each.
-
     rate: see decoder_at. box: see real/mouth.py. parts: see real.checkpoint.load_for_use. ClipError,
     ValueError, CheckpointError or WeightsError say which clip, rate or checkpoint cannot be used."""
     model, config, tokenizer = load_for_use(str(ckpt), **parts)
@@ -289,6 +288,8 @@ def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
 # --- the command line -------------------------------------------------------------------------------------
 def prepare(args, parts):
     """Check the arguments against the checkpoint before any clip is read -> the clips."""
+    if args.beam < 1:
+        raise ValueError(f"--beam must be 1 or more, not {args.beam}")
     args.box = args.box and mouth.parse_box(args.box)
     model, config, _ = load_for_use(args.ckpt, **parts)
     if args.task and not set(TASKS[args.task]) <= set(model.encoders):

@@ -84,6 +84,4 @@ def parse_sample_options(argv, description):
     args = parser.parse_args(argv)
     if len(args.clips) != 1 and (args.srt or args.show_crop):
         parser.error("--srt and --show-crop are for one clip")
-    if args.beam < 1:
-        parser.error(f"--beam must be 1 or more, not {args.beam}")
     return args

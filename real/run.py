@@ -69,6 +69,7 @@ def own_folder(folder):
     lock = Path(folder, ".lock")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
+    is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     owner = lock.read_text() if lock.is_file() else ""
     if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
@@ -81,6 +82,8 @@ def own_folder(folder):
         yield
     finally:
         lock.unlink(missing_ok=True)
+        if is_new and not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
 
 
 def is_running(process):

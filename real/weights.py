@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from encoders import MELS_PER_AUDIO_TOKEN, AudioEncoder, valid_mask
 from real.files import WeightsError, read_json
 
 BLOCK = 1 << 16  # bytes
@@ -235,27 +234,29 @@ def speed_up(llm):
 UNUSED_IN_WHISPER = r"(model\.)?decoder\.|proj_out\."
 
 
-class PaddedAudioEncoder(AudioEncoder):
-    """An AudioEncoder that fills up each clip with silence to `max_tokens`, 30 s, as Whisper was trained."""
+def padding(cls):
+    """An AudioEncoder class -> one that fills up each clip with silence to `max_tokens`, 30 s, as Whisper was trained."""
+    class PaddedAudioEncoder(cls):
+        def forward(self, mel, lengths=None):
+            """mel (B, M, frames), lengths (B,) -> (B, T, D) of the clips alone. AssertionError if longer than 30 s.
 
-    def forward(self, mel, lengths=None):
-        """mel (B, M, frames), lengths (B,) -> (B, T, D) of the clips alone. Raises AssertionError if longer than 30 s.
-
-        encoders.compress turns silence into 2 below the clip's largest value."""
-        B, _, n_frames = mel.shape
-        total = MELS_PER_AUDIO_TOKEN * self.config.max_tokens
-        assert n_frames <= total, f"{n_frames} log-mel frames, at most {total}"
-        valid = valid_mask(torch.full((B,), n_frames) if lengths is None else lengths, total)[:, None].to(mel.device)
-        mel = F.pad(mel, (0, total - n_frames))
-        silence = mel.masked_fill(~valid, -torch.inf).amax((1, 2), keepdim=True) - 2
-        return super().forward(torch.where(valid, mel, silence))[:, :self.n_tokens(n_frames)]
+            encoders.compress turns silence into 2 below the clip's largest value."""
+            B, _, n_frames = mel.shape
+            total = self.conv2.stride[0] * self.config.max_tokens
+            assert n_frames <= total, f"{n_frames} log-mel frames, at most {total}"
+            lengths = torch.full((B,), n_frames) if lengths is None else lengths
+            valid = (torch.arange(total) < lengths.cpu()[:, None])[:, None].to(mel.device)
+            mel = F.pad(mel, (0, total - n_frames))
+            silence = mel.masked_fill(~valid, -torch.inf).amax((1, 2), keepdim=True) - 2
+            return super().forward(torch.where(valid, mel, silence))[:, :self.n_tokens(n_frames)]
+    return PaddedAudioEncoder
 
 
 def load_whisper(cls, folder, dtype=torch.float32, padded=False):
     """The encoder of an HF Whisper -> cls in `dtype`. The folder may hold the encoder alone. Raises WeightsError."""
     tensors = read_safetensors(folder)
     prefix = next((p for p in ("model.encoder.", "encoder.") if f"{p}conv1.weight" in tensors), "")
-    cls = PaddedAudioEncoder if padded else cls
+    cls = padding(cls) if padded else cls
     with torch.device("meta"):
         encoder = cls(cls.Config(**whisper_config(folder), padded=padded))
     fill(encoder, tensors, lambda name: prefix + whisper_name(name), folder, dtype, UNUSED_IN_WHISPER)

@@ -241,7 +241,8 @@ def test_what_training_writes(trained):
     assert set(metrics["seconds"]) == {"clips", "stage 1, audio", "stage 1, video", "stage 2, rest", "stage 3", "calibration", "test"}
     assert metrics["config"]["rates"] == "2:2,4:8"
     assert len(list((trained / "samples").glob("*.mp4"))) == len(list((trained / "samples").glob("*.txt"))) == 3
-    assert sorted(p.name for p in trained.iterdir()) == ["cache", "config.json", "metrics.json", "model.safetensors", "samples", "tokenizer.json"]
+    assert sorted(p.name for p in trained.iterdir()) == [
+        "cache", "config.json", "log.csv", "metrics.json", "model.safetensors", "run.json", "samples", "tokenizer.json"]
     assert str(trained) not in (trained / "config.json").read_text()
 
 
@@ -438,7 +439,7 @@ def test_sample_wrong_use(trained, tmp_path, capsys):
             (["--ckpt", trained, "--rate", "2,4", good], 2, "read at one"), (["--ckpt", trained, "--rate", "", good], 2, "rates"), (["--ckpt", trained, "--beam", 0, good], 2, "--beam"),
             (["--ckpt", trained, text], 2, "text.mp4: not readable"), (["--ckpt", trained, text, good], 1, "text.mp4"),
             (["--ckpt", trained, good, tmp_path / "missing.mp4", good], 1, "no such file"), (["--ckpt", trained, good, "w" * 300], 1, "www"), (["--ckpt", trained, empty], 2, "folder: not a file"),
-            (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: has no sound"), (["--ckpt", trained, silent], 0, None)):
+            (["--ckpt", trained, silent, "--task", "asr"], 2, "silent.mp4: the clip has video only, and task asr needs audio"), (["--ckpt", trained, silent], 0, None)):
         got, out, err = run(capsys, *argv)
         assert got == code, (argv, err)
         assert err == [] if said is None else (len(err) == 1 and said in err[0]), (argv, err)
