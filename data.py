@@ -121,7 +121,7 @@ def in_babble(clip, snr_db, voices, n_voices=4):
     """The clip in babble of `n_voices` of the clips `voices`, the same at every call. None is no noise."""
     if snr_db is None or clip.log_power is None:
         return clip
-    rng = random.Random(f"{clip.name} {snr_db}")
+    rng = random.Random(f"{clip.name} {snr_db}".encode(errors="surrogateescape"))
     drawn = rng.sample(voices, min(n_voices + 1, len(voices)))
     others = [other.wave for other in drawn if other is not clip]
     if not others:

@@ -63,6 +63,11 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
         sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
         pictures = stack.enter_context(lips()) if selected.picture_size else None
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
+            if wave is None and frames is None:    # no face
+                end = start + MIN_FRAMES
+                if not longest:
+                    raise clip_error(source.path, f"no face in it for over a second; {HINT}")
+                continue
             end = start + (len(wave) // SAMPLES_PER_FRAME if frames is None else len(frames))
             if end - start < MIN_FRAMES:
                 continue

@@ -115,7 +115,7 @@ class Features:
         """Encode and write a batch of (clip, copy, stream) with one stream -> its size."""
         stream, versions = jobs[0][2], []
         for clip, copy, _ in jobs:
-            rng = random.Random(f"{self.seed} {os.path.abspath(clip.name)} {copy}")
+            rng = random.Random(f"{self.seed} {os.path.abspath(clip.name)} {copy}".encode(errors="surrogateescape"))
             versions.append(augmented(clip, stream, self.voices, rng) if copy else clip)
         features = data.to_device(data.batch(versions, [stream]), self.model.device)
         tokens, lengths = self.model.encode(features)[stream]

@@ -34,12 +34,15 @@ def entries(folder):
         raise clip_error(folder, "no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them, "
                                  "or a manifest.csv")
     words = ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed_over.items()))
-    if any(entry.split for entry in listed):
-        return layout, [entry for entry in listed if entry.split], words
+    named = [entry for entry in listed if entry.split]
+    if named:
+        if len(named) < len(listed):
+            note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; they are not used")
+        return layout, named, words
     one_talker = len({entry.talker for entry in listed}) == 1
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
     shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
-    test = shuffled[:max(1, len(shuffled) // 5)]
+    test = set(shuffled[:max(1, len(shuffled) // 5)])
     return layout, [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)], words
 
 
@@ -64,7 +67,10 @@ def read_entries(listed, reading=None):
     """Yield (Entry, its Clip or ClipError), in order. Several clips are read at a time."""
     with ThreadPoolExecutor() as readers:
         clips = readers.map(lambda entry: read_entry(entry, reading), listed)
-        yield from zip(listed, tqdm(clips, "reading clips", len(listed), leave=False))
+        try:
+            yield from zip(listed, tqdm(clips, "reading clips", len(listed), leave=False))
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)      # an error does not wait for all clips
 
 
 def folder_clips(folder, reading=None, max_bad=1.):

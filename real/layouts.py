@@ -9,7 +9,7 @@
     LRS3, or your own                NAME.mp4 and NAME.txt; the text follows `Text:`, or is the whole file
 
 A split is named by the table or list, or by a folder: train, dev and test, or a name that begins with one of them.
-Where no split is named, or training or testing has no folder, Entry.split is None. Links are followed.
+Where no split is named, or training's alone, Entry.split is None. Links are followed.
 """
 import csv
 import io
@@ -54,6 +54,7 @@ def recognise(folder):
     return name, listed, passed_over
 
 
+KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\w+)?")     # folders that tell talkers not apart
 TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 
 
@@ -91,7 +92,7 @@ def read_table(path, *names):
     text = read_text(path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
         for name in names:
@@ -174,23 +175,36 @@ def side_by_side(folder, files):
             for line in read_text(path).splitlines():
                 name, _, text = line.partition(" ")
                 lists[path.parent / name] = text
-        elif path.suffix == ".align":
+        elif path.suffix.lower() == ".align":
             aligns[path.stem].append(path)
-    known, listed = set(files), []
-    pictures = {(path.parent.name, path.stem): path for path in media if path.suffix.lower() not in SOUND_SUFFIXES}
-    sounds = {(path.parent.name, path.stem): path for path in media if path.suffix.lower() in SOUND_SUFFIXES}
-    clips = [path for path in media if path in pictures.values() or (path.parent.name, path.stem) not in pictures]
+    known, listed = {lower(path): path for path in files}, []
+    sounds = {clip_key(path, folder): path for path in media if path.suffix.lower() in SOUND_SUFFIXES}
+    pictures = [path for path in media if path.suffix.lower() not in SOUND_SUFFIXES]
+    shown_keys = {clip_key(path, folder) for path in pictures}
+    clips = sorted(pictures + [path for key, path in sounds.items() if key not in shown_keys])
     parents = [path.relative_to(folder).parts[:-1] for path in clips]
     for path, names, talker in zip(clips, parents, talkers(parents)):
         split = next(filter(None, map(named_split, names)), None)
         text, source = lists.get(path.with_suffix("")), path.with_suffix(".txt")
-        if source not in known:                # of several .align of this name, the one whose folders are most alike
+        source = known.get(lower(source))
+        if source is None:                     # of several .align of this name, the one whose folders are most alike
             source = max(aligns[path.stem], key=lambda align: len(set(align.parts) & set(path.parts)), default=None)
-        sound = sounds.get((path.parent.name, path.stem)) if path in pictures.values() else None
+        sound = sounds.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text, source, sound))
-    if not {"train", "test"} <= {entry.split for entry in listed}:     # as in LibriSpeech's train-clean-100 alone
+    if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
         listed = [replace(entry, split=None) for entry in listed]
     return listed
+
+
+def lower(path):
+    """The path with its suffix in lower case."""
+    return path.with_suffix(path.suffix.lower())
+
+
+def clip_key(path, folder):
+    """What a video and its sound have in common: the folders that name no kind of media, and the name."""
+    names = path.relative_to(folder).parts[:-1]
+    return *(name for name in names if not KINDS.fullmatch(name.lower())), path.stem
 
 
 def talkers(parents):
@@ -233,7 +247,7 @@ def transcript(entry):
         return " ".join(word for word in words if word not in ("sil", "sp"))
     if lines and lines[0].startswith("Text:"):  # LRS: other facts follow
         return lines[0].removeprefix("Text:").strip()
-    if any(line.startswith(("Disk reference:", "Programme")) for line in lines):
+    if any(line.startswith("Disk reference:") for line in lines):
         raise clip_error(source, "facts about a clip of LRW, not what is said; a manifest.csv can name the words")
     return " ".join(lines).strip()
 
@@ -243,13 +257,16 @@ def cut(entry):
     if entry.text is not None or not entry.source or entry.source.suffix != ".txt" or not entry.source.is_file():
         return [entry]
     _, _, table = entry.source.read_text("utf-8", errors="replace").partition("WORD START END")
-    words = [line.split() for line in table.splitlines()[1:] if len(line.split()) >= 3]
-    if not words or float(words[-1][2]) <= MAX_SECONDS:
+    try:
+        words = [(word, float(start), float(end)) for word, start, end, *_ in map(str.split, table.splitlines()[1:])]
+    except ValueError:
+        return [entry]
+    if not words or words[-1][2] <= MAX_SECONDS:
         return [entry]
     pieces = [[]]
-    for word, start, end in (word[:3] for word in words):
-        if pieces[-1] and float(end) - pieces[-1][0][1] > CUT_SECONDS:
+    for word, start, end in words:
+        if pieces[-1] and end - pieces[-1][0][1] > CUT_SECONDS and words[-1][2] - start > 1:    # no leftover of a word
             pieces.append([])
-        pieces[-1].append((word, float(start), float(end)))
+        pieces[-1].append((word, start, end))
     return [Entry(entry.path, entry.talker, entry.split, " ".join(word for word, _, _ in piece), entry.source,
                   span=(piece[0][1], piece[-1][2])) for piece in pieces]

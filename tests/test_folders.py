@@ -320,3 +320,32 @@ def test_one_split_alone_is_split_by_talker(tmp_path):
         write_tone(tmp_path / f"train-clean-100/{talker}/1/{talker}-1-0.wav", "")
         write(tmp_path / f"train-clean-100/{talker}/1/{talker}-1.trans.txt", f"{talker}-1-0 SAYS {talker}\n")
     assert sorted(split for _, split, _ in found(tmp_path)[1].values()) == ["test", "train", "train", "train", "train"]
+
+
+def test_clips_of_one_name_below_different_talkers_are_all_there(tmp_path):
+    for talker in ("ann", "bob", "carl"):
+        for i in (1, 2):
+            write_tone(tmp_path / f"{talker}/day1/{i}.wav", f"{talker} says {i}")
+            (tmp_path / f"{talker}/day1/{i}.wav").rename(tmp_path / f"{talker}/day1/{i}.mp4")
+    assert len(found(tmp_path)[1]) == 6
+    write_tone(tmp_path / "bob/day1/3.wav", "bob says 3")
+    write_tone(tmp_path / "bob/day2/3.mp4.wav", "")
+    (tmp_path / "bob/day2/3.mp4.wav").rename(tmp_path / "bob/day2/3.MP4")
+    write(tmp_path / "bob/day2/3.TXT", "another clip")
+    texts = {path: text for path, (_, _, text) in found(tmp_path)[1].items()}
+    assert len(texts) == 8 and texts["bob/day2/3.MP4"] == "another clip" and texts["bob/day1/3.wav"] == "bob says 3"
+
+
+def test_a_stray_quote_and_a_damaged_word_table(tmp_path, capsys):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "manifest.csv", 'path,text\na.wav,"hello\nb.wav,two\n')
+    with pytest.raises(ClipError, match="manifest.csv: line 3: not a table"):
+        entries(tmp_path)
+    write_tone(tmp_path / "lrs/pretrain/p/1.wav", "Text:  HELLO\n\nWORD START END ASDSCORE\nX 0.1 n/a 3\n")
+    assert read_entry(entries(tmp_path / "lrs")[1][0]).text == "hello"
+
+
+def test_clips_in_no_split_are_said(tmp_path, capsys):
+    for name in ("train/a", "test/b", "extra/c"):
+        write_tone(tmp_path / f"{name}.wav", f"says {name}")
+    assert len(entries(tmp_path)[1]) == 2 and "1 clips are in no split" in capsys.readouterr().err
