@@ -328,7 +328,7 @@ def test_good_transcripts(good, tmp_path, text):
     b"": "no column 'path'", b"path:text\na.mp4:bin\n": "no column 'path'", b"path,text\ngood.mp4,hello, world\n": "line 2 has 3 columns", b"path\na.mp4\n": "no column 'text'",
     b"path,text\n": "no clips", b"path,text\nmissing.mp4,bin blue\n": "missing.mp4: no such file",
     b"path,text\n,bin blue\n": "not a file", b"path,text\ngood.mp4\n": "no words in its transcript",
-    b"path,text\ngood.mp4,caf\xe9\n": "not UTF-8 text", b"path,text\n\"good.mp4": "no words",
+    b"path,text\ngood.mp4,caf\xe9\n": "not UTF-8 text", b"path,text\n\"good.mp4": "not a table",
     b"path,text\n\0,a\n": "\\x00"}.items())
 def test_bad_manifests(good, tmp_path, capsys, content, reason):
     (tmp_path / "good.mp4").write_bytes((good / "clip.mp4").read_bytes())
