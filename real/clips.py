@@ -7,7 +7,7 @@ import argparse
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,13 @@ from real.files import SPAN, note, shown, write_whole
 from real.media import MIN_FRAMES, clip_error
 from real.mouth import HINT, mouths
 
+MISSING = 0.05         # share of a damaged training clip that may be missing
+UNHEARD = 2 * FPS      # frames: where the sound is silent or over for so long, the lips show where speech is
+AWAY = "face is away for over a second"
 
-MISSING = 0.05         # share of a damaged clip for training that may be missing
-UNHEARD = 2 * FPS      # frames: where the sound is silent or over for this long, the lips show where speech is
 
-
-def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None, span=None):
+def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None,
+                span=None):
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
@@ -34,45 +35,34 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     def lips():
         return closing(mouths(selected, size, box, cache))
 
-    # 1. Where does somebody speak? The sound shows it, even if only the pictures are read; else the lips do.
+    # 1. Where does somebody speak?
+    selected, name, skipped = media.select_streams(source, streams), str(source.path), 0
     max_frames = round((longest or MAX_SECONDS + 1) * FPS)
-    spans, name, skipped = [(start, start + max_frames) for start in range(0, 10 * max_frames, max_frames)], str(source.path), 0
-    selected = media.select_streams(source, streams)
+    spans = ((start, start + max_frames) for start in count(0, max_frames))
     if span:
         spans, name = [(round(span[0] * FPS), round(span[1] * FPS))], f"{name}{SPAN}{span[0]:g},{span[1]:g}"
-    if longest:
-        level = media.loudness(source) if source.has_sound else np.zeros(0)
-        active = media.active_frames(level, media.SILENCE, rise=6)
-        n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
-        level, active = (np.pad(x, (0, n_frames - len(level)), constant_values=rest) for x, rest in ((level, -200), (active, False)))
-        unheard = long_runs(level <= media.SILENCE, UNHEARD)
-        if selected.picture_size and unheard.any() and n_frames > max_frames:
-            with lips() as pictures:
-                motion = media.motion(pictures)[:n_frames]
-            moving = media.active_frames(motion, 0.5, rise=3)
-            active[:len(motion)] |= moving & unheard[:len(motion)]
-            level[:len(motion)][unheard[:len(motion)]] = motion[unheard[:len(motion)]] - 200
-        if n_frames > max_frames:
+    elif longest:
+        active, level = speech_over_time(source, selected, lips, max_frames)
+        if len(level) > max_frames:
             spans = media.speech_spans(active, level, max_frames)
-            skipped = n_frames - sum(end - start for start, end in spans)
+            skipped = len(level) - sum(end - start for start, end in spans)
 
     # 2. Decode the sound, find the mouths, cut both into pieces, make the clips.
     end = n_pieces = 0  # end of the last piece, in frames
-    unused = set()      # streams that are there and say nothing
+    unused = set()      # why a stream that is there is not used
     with ExitStack() as stack:
         sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
         pictures = stack.enter_context(lips()) if selected.picture_size else None
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
-            if wave is None and frames is None:    # no face
-                end = start + MIN_FRAMES
+            if frames is None and selected.picture_size:
+                unused.add(AWAY)
                 if not longest:
-                    raise clip_error(source.path, f"no face in it for over a second; {HINT}")
-                continue
-            end = start + (len(wave) // SAMPLES_PER_FRAME if frames is None else len(frames))
+                    raise clip_error(source.path, f"its {AWAY}; {HINT}")
+            n_sound = len(wave) // SAMPLES_PER_FRAME if wave is not None else 0
+            n_pictures = len(frames) if frames is not None else 0
+            end = start + (max(n_sound, n_pictures) or MIN_FRAMES)
             if end - start < MIN_FRAMES:
                 continue
-            if frames is None and selected.picture_size and not longest:
-                raise clip_error(source.path, f"no face in it for over a second; {HINT}")
             if wave is not None and np.abs(wave).max() < 1e-4:
                 wave, unused = None, unused | {"sound is silent"}
             if wave is None and frames is not None and media.is_still(frames):
@@ -85,9 +75,12 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     # 3. Is anything wrong with the file?
     if not n_pieces and 0 < end < MIN_FRAMES:
         raise clip_error(source.path, f"{end / FPS:.2f} s long, too short for a word")
+    if not n_pieces and not unused and spans == []:
+        unused = {"sound is silent"} if source.has_sound else set()
+        unused |= {"pictures do not move"} if selected.picture_size else set()
     if not n_pieces:
-        silent = ["its sound is silent"] * source.has_sound + ["its pictures do not move"] * bool(selected.picture_size)
-        raise clip_error(source.path, " and ".join(silent) if end or not spans else "no picture in it can be read")
+        reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
+        raise clip_error(source.path, reasons or "no picture in it can be read")
     if source.complaints and not longest and end < (1 - MISSING) * source.seconds * FPS:
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.seconds:.1f} s can be read; "
                                       f"ffmpeg says: {source.complaints[0]}")
@@ -97,6 +90,26 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
         note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
     if skipped > 10 * FPS:
         note(f"{shown(source.path)}: {skipped / FPS:.0f} s without speech are skipped")
+
+
+def speech_over_time(source, selected, lips, max_frames):
+    """A media.Source, and those of its streams that are read -> active (T,) bool and level (T,) dB of its frames.
+
+    The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
+    frames, and the source is longer than `max_frames`, the pictures of `lips()` show it."""
+    level = media.loudness(source) if source.has_sound else np.zeros(0)
+    n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
+    missing = 0, n_frames - len(level)
+    active = np.pad(media.active_frames(level, media.SILENCE, rise=6), missing)
+    level = np.pad(level, missing, constant_values=-200)
+    unheard = long_runs(level <= media.SILENCE, UNHEARD)
+    if selected.picture_size and unheard.any() and n_frames > max_frames:
+        with lips() as pictures:
+            motion = media.motion(pictures)[:n_frames]
+        unheard = unheard[:len(motion)]
+        active[:len(motion)] |= media.active_frames(motion, 0.5, rise=3) & unheard
+        level[:len(motion)][unheard] = motion[unheard] - 200
+    return active, level
 
 
 def long_runs(x, shortest):

@@ -37,13 +37,15 @@ def entries(folder):
     named = [entry for entry in listed if entry.split]
     if named:
         if len(named) < len(listed):
-            note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; they are not used")
+            note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; "
+                 "they are not used")
         return layout, named, words
     one_talker = len({entry.talker for entry in listed}) == 1
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
     shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
     test = set(shuffled[:max(1, len(shuffled) // 5)])
-    return layout, [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)], words
+    listed = [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)]
+    return layout, listed, words
 
 
 def read_entry(entry, reading=None):

@@ -24,8 +24,11 @@ from data import MAX_SECONDS
 from real.files import shown
 from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
-SYNONYMS = {"train": "train training trainval pretrain", "valid": "valid validation val dev development", "test": "test testing eval"}
+SYNONYMS = {"train": "train training trainval pretrain", "valid": "valid validation val dev development",
+            "test": "test testing eval"}
 SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
+KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?")     # folders named for what is in them
+TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}     # never clips
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
 
 
@@ -52,10 +55,6 @@ def recognise(folder):
     passed_over = Counter(path.suffix.lower() or "without suffix" for path in files
                           if path not in used and path.suffix.lower() not in TEXTS)
     return name, listed, passed_over
-
-
-KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\w+)?")     # folders that tell talkers not apart
-TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 
 
 def files_below(folder, above=()):
@@ -109,6 +108,7 @@ def read_table(path, *names):
 
 
 def manifest(folder, files):
+    """The Entries of manifest.csv or manifest.tsv in the folder, None if there is none. Raises ClipError."""
     path = next((folder / name for name in ("manifest.csv", "manifest.tsv") if (folder / name).is_file()), None)
     if path is None:
         return None
@@ -124,6 +124,7 @@ def manifest(folder, files):
 
 
 def common_voice(folder, files):
+    """The Entries of a language of Common Voice, None for another layout. Raises ClipError."""
     tables = [folder / f"{name}.tsv" for name in ("train", "dev", "test")]
     if not (folder / "clips").is_dir() or not tables[0].is_file():
         return None
@@ -134,6 +135,7 @@ def common_voice(folder, files):
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 def lrs2(folder, files):
+    """The Entries of LRS2's lists, None for another layout. Raises ClipError if a list is missing."""
     if not (folder / "main").is_dir():
         return None
     lists = [folder / f"{name}.txt" for name in ("train", "val", "test", "pretrain")]
@@ -150,6 +152,7 @@ def lrs2(folder, files):
 
 
 def sphinx(folder, files):
+    """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
     lists = [path for path in files if path.suffix == ".fileids"]      # their names end with that of the split
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
@@ -160,7 +163,8 @@ def sphinx(folder, files):
                 texts[found[2]] = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
-            listed.append(Entry(clips.get(stem, stem), stem.parent.name, named_split(path.stem.rpartition("_")[2]), texts.get(stem.name)))
+            split = named_split(path.stem.rpartition("_")[2])
+            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, texts.get(stem.name)))
     return listed
 
 
@@ -178,18 +182,18 @@ def side_by_side(folder, files):
         elif path.suffix.lower() == ".align":
             aligns[path.stem].append(path)
     known, listed = {lower(path): path for path in files}, []
-    sounds = {clip_key(path, folder): path for path in media if path.suffix.lower() in SOUND_SUFFIXES}
+    sounds = [path for path in media if path.suffix.lower() in SOUND_SUFFIXES]
     pictures = [path for path in media if path.suffix.lower() not in SOUND_SUFFIXES]
-    shown_keys = {clip_key(path, folder) for path in pictures}
-    clips = sorted(pictures + [path for key, path in sounds.items() if key not in shown_keys])
+    of_pictures = {clip_key(path, folder) for path in pictures}
+    clips = sorted(pictures + [path for path in sounds if clip_key(path, folder) not in of_pictures])
+    sound_of = {clip_key(path, folder): path for path in sounds}
     parents = [path.relative_to(folder).parts[:-1] for path in clips]
     for path, names, talker in zip(clips, parents, talkers(parents)):
         split = next(filter(None, map(named_split, names)), None)
-        text, source = lists.get(path.with_suffix("")), path.with_suffix(".txt")
-        source = known.get(lower(source))
+        text, source = lists.get(path.with_suffix("")), known.get(path.with_suffix(".txt"))
         if source is None:                     # of several .align of this name, the one whose folders are most alike
             source = max(aligns[path.stem], key=lambda align: len(set(align.parts) & set(path.parts)), default=None)
-        sound = sounds.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
+        sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text, source, sound))
     if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
         listed = [replace(entry, split=None) for entry in listed]
@@ -216,19 +220,22 @@ def talkers(parents):
 
 
 def librispeech(folder, files):
+    """The Entries of a folder with lists of transcripts, as LibriSpeech has them; None for another layout."""
     return side_by_side(folder, files) if any(path.name.endswith(".trans.txt") for path in files) else None
 
 
 def grid(folder, files):
-    return side_by_side(folder, files) if any(path.suffix == ".align" for path in files) else None
+    """The Entries of a folder with alignments, as GRID has them; None for another layout."""
+    return side_by_side(folder, files) if any(path.suffix.lower() == ".align" for path in files) else None
 
 
 def lrs3(folder, files):
+    """The Entries of a folder with a part that LRS3 has; None for another layout."""
     return side_by_side(folder, files) if any((folder / name).is_dir() for name in ("trainval", "pretrain")) else None
 
 
-LAYOUTS = {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2, "Sphinx lists": sphinx, "LibriSpeech": librispeech,
-           "GRID": grid, "LRS3": lrs3, "transcripts beside the clips": side_by_side}
+LAYOUTS = {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2, "Sphinx lists": sphinx,
+           "LibriSpeech": librispeech, "GRID": grid, "LRS3": lrs3, "transcripts beside the clips": side_by_side}
 
 
 # --- transcripts -----------------------------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ def transcript(entry):
         names = f"{shown(entry.path.with_suffix('.txt').name)} or {shown(entry.path.with_suffix('.align').name)}"
         raise clip_error(entry.path, f"no transcript, expected {names} beside it")
     lines = read_text(source).splitlines()
-    if source.suffix == ".align":              # GRID's lines are: start end word
+    if source.suffix.lower() == ".align":      # GRID's lines are: start end word
         words = [line.split()[2] for line in lines if len(line.split()) == 3]
         return " ".join(word for word in words if word not in ("sil", "sp"))
     if lines and lines[0].startswith("Text:"):  # LRS: other facts follow
@@ -254,7 +261,7 @@ def transcript(entry):
 
 def cut(entry):
     """An Entry -> [Entry]: cut between words if it is too long and its transcript has word times, as in LRS3."""
-    if entry.text is not None or not entry.source or entry.source.suffix != ".txt" or not entry.source.is_file():
+    if entry.text is not None or not entry.source or entry.source.suffix.lower() != ".txt" or not entry.source.is_file():
         return [entry]
     _, _, table = entry.source.read_text("utf-8", errors="replace").partition("WORD START END")
     try:

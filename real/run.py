@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from real.files import CheckpointError, TrainingError, note, to_json, write_together
+from real.files import CheckpointError, TrainingError, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips"}
@@ -109,13 +109,16 @@ class Run:
     def __init__(self, config, clips):
         self.out, self.minutes = Path(config.out), config.save_every
         self.path = self.out / "state.safetensors"
-        facts = hashlib.sha256(json.dumps([(clip.name, clip.text) for clip in clips]).encode()).hexdigest()[:12]
-        self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS} | {"clips": facts}
-        self.kept, self.stop, self.since, self.began = {"curve": [], "recent": []}, False, time.monotonic(), time.monotonic()
+        self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+        texts = json.dumps([(clip.name, clip.text) for clip in clips])
+        self.settings["clips"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
+        self.kept, self.stop, self.log_file = {"curve": [], "recent": []}, False, None
+        self.began = self.saved = time.monotonic()
         if config.fresh:
             self.path.unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_together({self.out / "run.json": to_json({"command": sys.argv, "config": asdict(config), "versions": versions})})
+        facts = {"command": sys.argv, "config": asdict(config), "versions": versions}
+        write_json(self.out / "run.json", facts)
 
     def __enter__(self):
         def ask_to_stop(*_):
@@ -127,6 +130,8 @@ class Run:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.log_file:
+            self.log_file.close()
 
     def begin(self, trained, optimizer):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
@@ -138,17 +143,21 @@ class Run:
                 tensors = load(self.path.read_bytes())
                 facts = json.loads(bytes(tensors.pop("facts").tolist()))
                 self.refuse_other(facts["settings"])
-                states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors} for i in range(len(trained))]
+                states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors}
+                          for i in range(len(trained))]
                 complete = all(set(state) in (set(STATE), {"param"}) for state in states)    # unused: no gradient yet
                 if tensors or not complete or any(state["param"].shape != p.shape for state, p in zip(states, trained)):
                     raise ValueError("it has other tensors than this model")
+            except CheckpointError:
+                raise
             except (SafetensorError, ValueError, LookupError, TypeError) as error:
                 raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
             with torch.no_grad():
                 for parameter, state in zip(trained, states):
                     parameter.copy_(state.pop("param"))
                     if state:
-                        optimizer.state[parameter] = {key: x if key == "step" else x.to(parameter.device) for key, x in state.items()}
+                        moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                        optimizer.state[parameter] = {"step": state["step"], **moments}
             step, self.kept = facts["step"], facts["kept"]
             note(f"{self.path}: goes on after step {step}")
         self.begin_log(step)
@@ -164,7 +173,7 @@ class Run:
 
     def after(self, step):
         """Call it after each step with the number of steps done: saves when it is time, and ends a run that is to end."""
-        if self.stop or time.monotonic() - self.since > 60 * self.minutes:
+        if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
             self.save(step)
         if self.stop:
             note(f"{self.path}: holds the state after step {step}; the same command goes on from there")
@@ -179,7 +188,7 @@ class Run:
             for key, x in self.optimizer.state[parameter].items():
                 tensors[f"{i}.{key}"] = x.cpu().contiguous()
         write_together({self.path: save(tensors)})
-        self.since = time.monotonic()
+        self.saved = time.monotonic()
 
     def finish(self):
         """The model is on the disk: the state is not needed any more."""
@@ -192,7 +201,7 @@ class Run:
         path = self.out / "log.csv"
         rows = []
         if step and path.is_file():
-            rows = [row for row in csv.reader(path.read_text().splitlines()) if row and row[0].isdigit() and int(row[0]) < step]
+            rows = [row for row in csv.reader(path.read_text().splitlines()[1:]) if row and int(row[0]) < step]
         self.log_file = path.open("w", newline="")
         self.log_rows = csv.writer(self.log_file)
         self.log_rows.writerow(["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "seconds"])
@@ -214,6 +223,8 @@ class Run:
                 counts = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).float()
                 loads.append((counts.max() / counts.mean()).item())
                 entropies.append(-(probs.mean(0) * probs.mean(0).clamp(min=1e-9).log()).sum().item())
+        balance = float(torch.as_tensor(balance).detach())
         lr, seconds = self.optimizer.param_groups[0]["lr"], time.monotonic() - self.began
-        self.log_rows.writerow([step, task, f"{loss:.4f}", f"{float(torch.as_tensor(balance).detach()):.4f}", f"{max(loads):.2f}", f"{max(entropies):.3f}", f"{lr:.2e}", f"{seconds:.1f}"])
+        numbers = f"{loss:.4f} {balance:.4f} {max(loads):.2f} {max(entropies):.3f} {lr:.2e} {seconds:.1f}"
+        self.log_rows.writerow([step, task, *numbers.split()])
         self.log_file.flush()
