@@ -212,7 +212,7 @@ def epoch_order(n_clips, seed, epoch):
 
 
 def drawn_clips(clips, size, seed, step):
-    """The `size` clips of one step, a function of (seed, step). Each clip comes once in an epoch."""
+    """The `size` clips of one step, a function of (seed, step). An epoch has each clip once, for one task."""
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, position = divmod(place, len(clips))

@@ -31,7 +31,7 @@ class AudioConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
-    pos_kernel: int = 31    # of a positional convolution, 0: none, as in Whisper; ours is not in the paper
+    pos_kernel: int = 31    # width of a convolution that tells order (not in the paper); Whisper: 0
     pos_groups: int = 0     # groups of that convolution, 0 for one group per channel
     max_tokens: int = 1500  # 30 s
     padded: bool = False    # a Whisper that pads every clip to 30 s, see real/weights.py

@@ -75,8 +75,8 @@ class MoME(nn.Module):
     A linear router sends it to K of the N_r routed experts, with gates g.
     Nothing here knows a rate or a stream. A sound token pooled by 16, a lip token pooled by 2 and a word meet
     the same router and experts. So what the experts learn at fine rates serves the coarse rates.
-    Up-projections start at zero, so a new MoME changes nothing and its first step trains only them (not in
-    the paper). Parameters stay fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
+    Up-projections start at zero, so a new MoME adds nothing to its layer (not in the paper). Parameters stay
+    fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
@@ -188,7 +188,7 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` if it saves over 64 products per copied number (extras/bench.py), else `wide`."""
+        """`grouped` computes E - A experts less but copies A tokens. It wins above (E - A) R = 64 A."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
         supported = supported and D * x.element_size() % 16 == 0
@@ -253,8 +253,8 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """One Llama layer with MoME in parallel. MoME's output is added to that of the block it stands beside.
-    It reads that block's normalised input; beside the whole layer, the attention's (not in the paper)."""
+    """One Llama layer with MoME in parallel. MoME reads the normalised input of the block it stands beside.
+    Beside the whole layer, it reads what attention reads (not in the paper). Its output is added to x."""
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -324,7 +324,7 @@ class Llama(nn.Module):
     def hidden_states(self, x, valid=None, positions=None, cache=None):
         """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`.
         valid (B, T): true at tokens; padding stands on the right, where a causal model never looks.
-        positions: 0 to T - 1 by default; they count pooled tokens. cache: a sample.KVCache, in decoding."""
+        positions: 0 to T - 1 by default; every entry takes one. cache: a sample.KVCache, in decoding."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         cos, sin = rope_tables(positions, self.inv_freq)
@@ -356,7 +356,7 @@ class Llama(nn.Module):
 def pool(x, lengths, rate):
     """Average every `rate` tokens: x (B, T, D), lengths (B,) -> (B, ceil(T / rate), D), new lengths (B,).
     A token at rate 8 is the mean of two tokens at rate 4, like a doll in a doll. Padding never enters a mean.
-    A last window that is not full is the mean of its tokens (not in the paper)."""
+    Only the last window may be shorter. It is the mean of its tokens (not in the paper)."""
     B, T, D = x.shape
     valid = valid_mask(lengths.to(x.device), T)
     valid = valid[..., None].to(x)                                        # (B, T, 1) of 0 and 1

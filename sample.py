@@ -5,8 +5,8 @@
     python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
 Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. The exit code is 0; 1 if
-some clips failed; 2 if all failed. A clip longer than the training clips is cut at pauses, and the texts of
-its pieces are joined. From Python: `sample.transcribe("clip.mp4")`.
+some clips failed; 2 if all failed. A clip much longer than the training clips is cut at pauses, and the texts
+of its pieces are joined. From Python: `sample.transcribe("clip.mp4")`.
 
 Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """
@@ -42,8 +42,8 @@ PIECES = 8          # pieces of a long clip that are decoded together
 class KVCache:
     """Keys and values of all layers, two tensors (layers, B * W, kv heads, S, D/H).
 
-    The prefix is computed once per clip and copied to its W beams. After that, one token is appended to every
-    beam. Prefixes of unequal length leave padding between the prefix and the generated tokens."""
+    The prefix is computed once per clip and copied to its W beams. Generated tokens of all beams start at the
+    same slot, after the longest prefix. A shorter prefix leaves empty slots before it, which `mask` hides."""
     def __init__(self, config, lengths, slots, like, beam=1):
         shape = (config.n_layers, len(lengths) * beam, config.n_kv_heads, slots, config.head_dim)
         self.k = like.new_zeros(shape)
@@ -85,8 +85,8 @@ class KVCache:
 def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     """Continue `prefixes` (B tensors (T_b, D)) -> B pairs (token ids, mean log-probability per token).
 
-    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. A hypothesis that has
-    ended waits and adds 0 to its score. The highest mean log-probability wins (not in the paper)."""
+    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. Beams survive by their
+    total log-probability. An ended one keeps its total. The highest mean wins (not in the paper)."""
     B, W, V = len(prefixes), beam, llm.config.vocab_size
     device = prefixes[0].device
     clip = torch.arange(B, device=device)

@@ -37,7 +37,7 @@ from sample import decoder_at, evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
 TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
-METHODS = {"mome": 4.5e-3, "lora": 4.5e-3, "projectors": 2e-3}  # and the best peak learning rate of each
+METHODS = {"mome": 4.5e-3, "lora": 4.5e-3, "projectors": 2e-3}  # peak learning rate of each, docs/results.md
 PRESETS = {"": {}, "paper": dict(
     rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12,
     lr=1e-3, weight_decay=0.1, epochs=10, beam=15)}

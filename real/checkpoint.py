@@ -63,7 +63,8 @@ def save_model(model, folder, parts, words=None, **more):
     if words is not None:
         files["tokenizer.json"] = to_json({"words": list(words)})
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["config.json"] = to_json({"format": FORMAT, "model": asdict(model.config), "parts": parts, "files": digests, **more})
+    config = {"format": FORMAT, "model": asdict(model.config), "parts": parts, "files": digests, **more}
+    files["config.json"] = to_json(config)
     write_together({Path(folder, name): content for name, content in files.items()})
 
 
@@ -98,8 +99,10 @@ def check_together(folder, config):
     for part, sizes in config["model"].items():
         for name, size in (sizes.items() if isinstance(sizes, dict) else ()):
             if name in MOST and size > MOST[name]:
-                raise CheckpointError(f"{folder}: damaged: {part}.{name} is {size:,} in config.json, at most {MOST[name]:,}")
-    if not set(config.get("tasks", ())) <= set(TASKS) or any(rate < 1 for pair in config.get("rates", ()) for rate in pair):
+                raise CheckpointError(f"{folder}: damaged: {part}.{name} is {size:,} in config.json, "
+                                      f"at most {MOST[name]:,}")
+    rates = [rate for pair in config.get("rates", ()) for rate in pair]
+    if not set(config.get("tasks", ())) <= set(TASKS) or min(rates, default=1) < 1:
         raise CheckpointError(f"{folder}: damaged: config.json has tasks or rates that do not exist")
 
 

@@ -134,7 +134,7 @@ def read_clip(path, span=None, sound=None, **reading):
         missing = len(clip.frames) * SAMPLES_PER_FRAME - len(voice.wave)
         wave = np.pad(voice.wave, (0, max(0, missing)))[:len(voice.wave) + missing]
         return with_log_power(replace(clip, wave=wave), len(voice.log_power))
-    if not span and source.seconds > MAX_SECONDS + 1:    # the header knows
+    if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     (_, clip), *more = read_pieces(source, None, span=span, **reading)
     if more or clip.duration > MAX_SECONDS:
@@ -156,7 +156,8 @@ def choose_task(name, streams, model, task=None):
     if task is None and common:
         return next(task for task, needed in TASKS.items() if needed == common)
     if task is None or not set(TASKS[task]) <= set(common):
-        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else f"the model reads {' and '.join(model.encoders)}"
+        needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else (
+            f"the model reads {' and '.join(model.encoders)}")
         raise ClipError(f"{shown(name)}: the clip has {' and '.join(streams)} only, and {needs}")
     return task
 

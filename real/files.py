@@ -85,7 +85,8 @@ def temporary_of(path):
 
 def plain(error, path):
     """An OSError that says why `path` could not be written."""
-    return OSError(getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error), str(path))
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    return OSError(number or errno.EIO, reason or str(error), str(path))
 
 
 def to_json(value):

@@ -101,7 +101,8 @@ def folder_clips(folder, reading=None, max_bad=1.):
     clips["train"] = fresh
     for split, usable in clips.items():
         if not usable:
-            raise clip_error(folder, f"no usable clip is in its {split} split, of {sum(map(len, clips.values()))} in all; "
+            n_clips = sum(map(len, clips.values()))
+            raise clip_error(folder, f"no usable clip is in its {split} split, of {n_clips} in all; "
                                      "add clips, or name their splits")
     return clips
 

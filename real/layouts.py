@@ -28,7 +28,7 @@ SYNONYMS = {"train": "train training trainval pretrain", "valid": "valid validat
             "test": "test testing eval"}
 SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
 KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?")     # folders named for what is in them
-TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}     # never clips
+TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
 
 
@@ -261,9 +261,10 @@ def transcript(entry):
 
 def cut(entry):
     """An Entry -> [Entry]: cut between words if it is too long and its transcript has word times, as in LRS3."""
-    if entry.text is not None or not entry.source or entry.source.suffix.lower() != ".txt" or not entry.source.is_file():
+    source = entry.source
+    if entry.text is not None or source is None or source.suffix.lower() != ".txt" or not source.is_file():
         return [entry]
-    _, _, table = entry.source.read_text("utf-8", errors="replace").partition("WORD START END")
+    _, _, table = source.read_text("utf-8", errors="replace").partition("WORD START END")
     try:
         words = [(word, float(start), float(end)) for word, start, end, *_ in map(str.split, table.splitlines()[1:])]
     except ValueError:

@@ -25,7 +25,8 @@ from real.files import note, shown
 
 # Files in a folder count as clips if they have one of these suffixes. A single file may have any name.
 SOUND_SUFFIXES = set(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .aiff .aif .mka .sph .wma .mp2 .amr .au .caf".split())
-SUFFIXES = SOUND_SUFFIXES | set(".mp4 .m4v .mpg .mpeg .mov .avi .mkv .webm .3gp .ts .mts .m2ts .wmv .flv .ogv .vob".split())
+SUFFIXES = SOUND_SUFFIXES | set(
+    ".mp4 .m4v .mpg .mpeg .mov .avi .mkv .webm .3gp .ts .mts .m2ts .wmv .flv .ogv .vob".split())
 MAX_HOURS = 5            # a header that claims more is not believed
 SILENCE = -80            # dB below full scale: digital silence
 MIN_FRAMES = 5           # 0.2 s: a shorter clip has no word in it
@@ -115,8 +116,8 @@ def probe(path):
 def choose_sound(source, tracks):
     """The source with the sound track and the channels that are read; `tracks` are ffmpeg's lines about its tracks.
 
-    Of several tracks it is the one marked as default, or the first with sound. Their channels are mixed as usual. But if
-    that cancels them, or leaves out the only one with sound, the loudest is read. More than eight are averaged."""
+    Of several tracks it is the one marked as default, or the first with sound. Its channels are mixed as usual. If that
+    cancels them, or leaves out the only one with sound, the loudest is read. More than eight are averaged."""
     order = sorted(range(len(tracks)), key=lambda i: "(default)" not in tracks[i])
     if len(order) > 1 and all("(default)" in line for line in tracks):
         order = list(range(len(tracks)))
@@ -136,7 +137,8 @@ def choose_sound(source, tracks):
         mix = "pan=mono|c0=" + "+".join(f"{1 / len(channels):.6f}*c{c}" for c in range(len(channels)))
     elif mixed < channels[loudest] - 20:
         mix = f"pan=mono|c0=c{loudest}"
-        note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; read is channel {loudest + 1}")
+        note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; "
+             f"read is channel {loudest + 1}")
     return replace(source, track=i, mix=mix)
 
 
@@ -204,7 +206,8 @@ def decode(source, n_bytes, stream, filters, *output):
 def wave_frames(source):
     """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
     resample = f"aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)}"
-    with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", f"{resample},{source.mix}", "-f", "f32le")) as chunks:
+    filters = f"{resample},{source.mix}"
+    with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", filters, "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
             if not (np.abs(wave) < 100).all():
@@ -227,7 +230,8 @@ def picture_frames(source, filters, shape):
 def cut_pieces(wave, frames, spans):
     """Cut sound and pictures into pieces. Yields (start, wave (samples,), frames (T, H, W)), None for a missing stream.
 
-    `wave` and `frames` are iterators of (640,) and (H, W) arrays, or None. A piece with a picture of None has none. `spans` are [(start, end)], in frames.
+    `wave` and `frames` are iterators of (640,) and (H, W) arrays, or None. A piece with a picture of None has none.
+    `spans` are [(start, end)], in frames.
     Spans after the end of the file yield nothing. Both streams of a piece become equally long: sound is filled up with
     silence. Sound that goes on after the pictures is cut if that loses at most 0.4 s, else the last picture is held."""
     position, last = 0, None

@@ -208,14 +208,14 @@ def crop_mouth(picture, points, size):
 
 
 def crop_mouths(source, size, points):
-    """Yield the mouths of a source as (size, size) uint8, by the landmarks (T, P) of its frames; None where they are NaN."""
+    """Yield a source's mouths (size, size) uint8, by the landmarks (T, P) of its frames; None where these are NaN."""
     with closing(picture_frames(source, FIT, (VIEW, VIEW))) as pictures:
         for picture, landmarks in zip(pictures, points):
             yield None if np.isnan(landmarks).any() else crop_mouth(picture, landmarks, size)
 
 
 def cached_crops(source, size, folder):
-    """The mouths of a source's largest face, T times (size, size) or None, read from `folder`, or found and stored there."""
+    """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
     stat = os.stat(source.path)
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size]
     path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"

@@ -52,7 +52,7 @@ def choose_device(name):
 
 
 def begin_worker(n_threads):
-    """What a worker process calls first: it takes so many threads, and ends when its parent does, by whatever signal."""
+    """A worker process calls this first. It takes so many threads, and it ends when its parent ends in any way."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -168,11 +168,12 @@ class Run:
         for name in self.settings.keys() | settings.keys():
             if self.settings.get(name) != settings.get(name):
                 flag = "the training clips" if name == "clips" else f"--{name.replace('_', '-')}"
-                raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {settings.get(name)!r}, is "
-                                      f"{self.settings.get(name)!r}; repeat that command, or start anew with --fresh")
+                then, now = settings.get(name), self.settings.get(name)
+                raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {then!r}, is {now!r}; "
+                                      "repeat that command, or start anew with --fresh")
 
     def after(self, step):
-        """Call it after each step with the number of steps done: saves when it is time, and ends a run that is to end."""
+        """Call it with the number of steps done, after each. It saves when it is time, and ends a run that is to end."""
         if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
             self.save(step)
         if self.stop:

@@ -59,8 +59,8 @@ def load_clips(config, tasks, audio, video):
     `audio` and `video` are the encoders' configs. Raises ClipError, also if a task has no clip in a split."""
     if config.data:
         box = parse_box(config.box) if config.box else None
-        how_to_read = reading(audio, video) | {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
-        clips = folder_clips(config.data, how_to_read, percent("--max-bad", config.max_bad))
+        how = {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
+        clips = folder_clips(config.data, reading(audio, video) | how, percent("--max-bad", config.max_bad))
         if config.valid_every and not config.eval_only:
             clips["train"], clips["valid"] = hold_out(clips["train"])
     else:
@@ -83,7 +83,8 @@ def load_clips(config, tasks, audio, video):
 def hold_out(clips):
     """Training clips -> the clips to train on, the clips held out. No sentence is in both. Raises ClipError."""
     if len(clips) < 10:
-        raise ClipError(f"--valid-every holds out a tenth of the training clips, and there are only {len(clips)}; leave it out")
+        raise ClipError("--valid-every holds out a tenth of the training clips, "
+                        f"and there are only {len(clips)}; leave it out")
     order = sorted(clips, key=lambda clip: (zlib.crc32(clip.text.encode()), clip.name))
     held_out = order[:min(MAX_HELD_OUT, len(order) // 10)]
     sentences = {clip.text for clip in held_out}

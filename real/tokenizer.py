@@ -66,7 +66,8 @@ def read_tokenizer(folder):
         return make_tokenizer(file["words"])
     model, steps = file.get("model", {}), flat(file.get("pre_tokenizer"), "pretokenizers")
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or flat(file.get("normalizer"), "normalizers") or not byte_level:
+    normalizers = flat(file.get("normalizer"), "normalizers")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or normalizers or not byte_level:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
     patterns = [word_pattern(step, path) for step in steps]

@@ -235,7 +235,7 @@ UNUSED_IN_WHISPER = r"(model\.)?decoder\.|proj_out\."
 
 
 def padding(cls):
-    """An AudioEncoder class -> one that fills up each clip with silence to `max_tokens`, 30 s, as Whisper was trained."""
+    """An AudioEncoder class -> one that fills up each clip with silence to 30 s, as Whisper was trained."""
     class PaddedAudioEncoder(cls):
         def forward(self, mel, lengths=None):
             """mel (B, M, frames), lengths (B,) -> (B, T, D) of the clips alone. AssertionError if longer than 30 s.
