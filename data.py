@@ -10,8 +10,6 @@ Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 """
 import random
 import unicodedata
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -147,6 +145,11 @@ def change_pace(x, pace):
     return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
 
 
+def clip_mel(clip):
+    """The clip's log-mel (M, frames)."""
+    return compress(10 ** torch.from_numpy(clip.log_power).float())
+
+
 def augmented_mel(clip, rng, voices):
     """The clip's log-mel (M, frames) with babble, a lost high band, a masked band and a masked moment.
 
@@ -171,33 +174,45 @@ def augmented_frames(frames, rng):
     return frames.flip(2) if rng.random() < 0.5 else frames
 
 
-def batch(clips, streams, rng=None, voices=()):
-    """Clips -> {stream: (x, lengths (B,))}, zero-padded: audio (B, M, frames), video (B, 1, T, H, W), 0 to 1.
+def rows_of(clips, streams, rng=None, voices=()):
+    """Clips -> {stream: B rows}: audio (frames, M), video (T, H, W), 0 to 1.
 
     With a random.Random `rng` the clips are augmented, with babble of the clips `voices`. Real clips also
     change their pace."""
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
     paces = [min(pace, MAX_SECONDS / clip.duration) for pace, clip in zip(paces, clips)]
-    features = {}
+    rows = {}
     if "audio" in streams:
-        rows = []
-        for clip, pace in zip(clips, paces):
-            if rng:
-                mel = augmented_mel(clip, rng, voices)
-            else:
-                mel = compress(10 ** torch.from_numpy(clip.log_power).float())
-            rows.append(change_pace(mel.T, pace))                                # (frames, M)
-        lengths = torch.tensor([len(row) for row in rows])
-        features["audio"] = pad_sequence(rows, batch_first=True).mT.contiguous(), lengths
+        mels = [augmented_mel(clip, rng, voices) if rng else clip_mel(clip) for clip in clips]
+        rows["audio"] = [change_pace(mel.T, pace) for mel, pace in zip(mels, paces)]
     if "video" in streams:
-        rows = []
-        for clip, pace in zip(clips, paces):
-            frames = change_pace(torch.from_numpy(clip.frames), pace)
-            frames = augmented_frames(frames, rng) if rng else frames
-            rows.append(frames.float() / 255)                                    # (T, H, W)
-        lengths = torch.tensor([len(row) for row in rows])
-        features["video"] = pad_sequence(rows, batch_first=True)[:, None], lengths
+        videos = [change_pace(torch.from_numpy(clip.frames), pace) for clip, pace in zip(clips, paces)]
+        if rng:
+            videos = [augmented_frames(frames, rng) for frames in videos]
+        rows["video"] = [frames.float() / 255 for frames in videos]
+    return rows
+
+
+def padded(rows):
+    """{stream: B rows (T, ...)} -> {stream: (x (B, T, ...), lengths (B,))}, zero-padded."""
+    features = {}
+    for stream, xs in rows.items():
+        lengths = torch.tensor([len(x) for x in xs])
+        features[stream] = pad_sequence(xs, batch_first=True), lengths
     return features
+
+
+def to_inputs(rows):
+    """Rows -> what encoders read, {stream: (x, lengths)}: audio (B, M, frames), video (B, 1, T, H, W)."""
+    features = padded(rows)
+    for stream, (x, lengths) in features.items():
+        features[stream] = x.mT.contiguous() if stream == "audio" else x[:, None], lengths
+    return features
+
+
+def batch(clips, streams, rng=None, voices=()):
+    """Clips -> what encoders read, see rows_of and to_inputs."""
+    return to_inputs(rows_of(clips, streams, rng, voices))
 
 
 def to_device(features, device):
@@ -218,16 +233,6 @@ def drawn_clips(clips, size, seed, step):
         epoch, position = divmod(place, len(clips))
         chosen.append(clips[epoch_order(len(clips), seed, epoch)[position]])
     return chosen
-
-
-def prefetched(make, first, steps, ahead=4):
-    """Yield make(first), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
-    with ThreadPoolExecutor(1) as worker:
-        waiting = deque(worker.submit(make, step) for step in range(first, min(first + ahead, steps)))
-        for step in range(first, steps):
-            yield waiting.popleft().result()
-            if step + ahead < steps:
-                waiting.append(worker.submit(make, step + ahead))
 
 
 # --- text -------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class MoME(nn.Module):
     the same router and experts. So what the experts learn at fine rates serves the coarse rates.
     Up-projections start at zero, so a new MoME adds nothing to its layer (not in the paper). Parameters stay
     fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
+    sum_counts = staticmethod(lambda counts: counts)    # real/run.py adds up those of several processes
+
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
@@ -137,10 +139,11 @@ class MoME(nn.Module):
         weight = probs.new_ones(len(probs))                               # (N,) of 0 and 1
         if valid is not None:
             weight = valid.reshape(-1).to(probs)
-        total = weight.sum().clamp(min=1)
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
-        f = weight @ choices / (total * self.top_k)                       # (N_r,)
-        P = weight @ probs / total                                        # (N_r,)
+        counts = self.sum_counts(weight @ choices)                        # (N_r,)
+        total = counts.sum().clamp(min=1)                                 # K choices of each token
+        f = counts / total
+        P = weight @ probs / (total / self.top_k)                         # (N_r,)
         return self.n_routed * (f * P).sum()
 
     @staticmethod
@@ -345,9 +348,7 @@ class Llama(nn.Module):
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         x = pad_sequence(rows, batch_first=True)                          # (B, T, D)
         hidden = self.hidden_states(x, valid_mask(lengths, x.shape[1]))
-        at_labels = []
-        for h, row, y in zip(hidden, rows, labels):
-            at_labels.append(h[len(row) - len(y):len(row)])
+        at_labels = [h[len(row) - len(y):len(row)] for h, row, y in zip(hidden, rows, labels)]
         logits = self.logits(torch.cat(at_labels)).float()                # (all labels, V)
         return F.cross_entropy(logits, torch.cat(labels))
 
@@ -441,9 +442,8 @@ class AVSR(nn.Module):
     def loss(self, encoded, transcripts, rates):
         """Cross-entropy of the transcripts (B lists of ids) at one set of rates, and the mean balancing loss.
         train.py combines them (section 3). Gradients reach experts through the frozen layers above them."""
-        labels = []
-        for ids in transcripts:
-            labels.append(torch.tensor([*ids, self.config.eos], device=self.device))
+        labels = [torch.tensor([*ids, self.config.eos], device=self.device)
+                  for ids in transcripts]
         cross_entropy = self.llm.transcript_loss(self.prefix(encoded, rates), labels)
         momes = [layer.mome for layer in self.llm.layers if layer.mome is not None]
         balance = sum(mome.balance_loss for mome in momes)

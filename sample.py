@@ -17,7 +17,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,12 +25,13 @@ from tqdm import tqdm
 from data import TASKS, TOKENS_PER_SECOND, ClipError, batch, in_babble, normalize
 from data import MAX_SECONDS, parse_rates, task_rates, task_streams, to_device
 from encoders import valid_mask
-from real import media, mouth
+from real import media
 from real.checkpoint import FLAGS, load_for_use, reading
 from real.clips import alike, choose_task, read_pieces
-from real.files import expanded, note, run_script, shown
-from real.options import parse_sample_options
+from real.files import note, run_script, shown
+from real.options import check_sample_options, parse_sample_options
 from real.report import error_rates
+from real.run import shared
 from real.subtitles import write_srt
 
 TEST_BATCH = 50     # hypotheses that are decoded together in a test
@@ -199,9 +199,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
                     on_segment(segments[-1])
             progress.update(round(segments[-1]["end"]) - progress.n)
 
-    columns = {}
-    for key in segments[0]:
-        columns[key] = [segment[key] for segment in segments]
+    columns = {key: [segment[key] for segment in segments] for key in segments[0]}
     whole = {key: columns[key][0] if len(set(columns[key])) == 1 else "auto"
              for key in ("audio_rate", "video_rate")}
     logprob = sum(map(operator.mul, columns["logprob"], n_ids)) / sum(n_ids)
@@ -254,12 +252,15 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
                         rows.append((clip.text, text, logprob, tokens))
         return results
 
+    def decode_share(chunks):
+        with ThreadPoolExecutor(2) as workers:      # two chunks at a time: decoding is many small steps
+            yield from tqdm(workers.map(decode_chunk, chunks), "test", len(chunks), leave=False)
+
     model.eval()
     merged = {}
-    with ThreadPoolExecutor(2) as workers:      # two chunks at a time: decoding is many small steps
-        for results in tqdm(workers.map(decode_chunk, chunks), "test", len(chunks), leave=False):
-            for key, rows in results.items():
-                merged.setdefault(key, []).extend(rows)
+    for results in shared(decode_share, chunks):    # among the processes of torchrun
+        for key, rows in results.items():
+            merged.setdefault(key, []).extend(rows)
     return merged
 
 
@@ -286,24 +287,6 @@ def evaluate(model, clips, plan, snrs, tokenizer, beam=1):
 
 
 # --- the command line -------------------------------------------------------------------------------------
-def prepare(args, parts):
-    """Check the arguments against the checkpoint before any clip is read -> the clips."""
-    if args.beam < 1:
-        raise ValueError(f"--beam must be 1 or more, not {args.beam}")
-    args.box = args.box and mouth.parse_box(args.box)
-    model, config, _ = load_for_use(args.ckpt, **parts)
-    if args.task and not set(TASKS[args.task]) <= set(model.encoders):
-        streams = " and ".join(model.encoders)
-        raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
-    if args.rate != "all":
-        decoder_at(args.rate, args.task or config["tasks"][0], config)
-    samples = sorted(Path(args.ckpt, "samples").glob("*"))
-    clips = expanded(args.clips) or [path for path in samples if path.suffix.lower() in media.SUFFIXES]
-    if not clips:
-        raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
-    return clips
-
-
 def transcribe_and_print(path, args, **options):
     """One clip from the command line: its text or JSON, and the files that were asked for."""
     if args.show_crop:
@@ -326,7 +309,9 @@ def main(argv=None):
     args = parse_sample_options(argv, __doc__)
     parts = {name: getattr(args, name) for name in ("verify", "device", *FLAGS)}
     try:
-        clips = prepare(args, parts)
+        config, clips = check_sample_options(args, parts)
+        if args.rate != "all":
+            decoder_at(args.rate, args.task or config["tasks"][0], config)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

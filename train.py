@@ -10,7 +10,7 @@
     stage 2  the Llama          a small stand-in, or --llm
     stage 3  the paper          encoders and Llama frozen; projectors, markers and MoME learn from all rates
 
---cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets a test sentence or talker.
+--cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets our test sentences or talkers.
 """
 import math
 import random
@@ -22,18 +22,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, ClipError, batch, drawn_clips, load_tokenizer, prefetched, to_device
-from data import parse_rates, task_rates, task_streams
-from extras.auto import calibrate
-from extras.baselines import add_lora, lora_rank
+from data import TASKS, ClipError, drawn_clips, load_tokenizer, padded, parse_rates, rows_of
+from data import task_rates, task_streams, to_device, to_inputs
+from extras.auto import auto_plan, calibrate
+from extras.baselines import add_adapter
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
-from real.files import ERRORS, note, run_script, write_json
+from real.files import ERRORS, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, count_parameters, table
-from real.run import Run, choose_device, own_folder, threads
+from real.run import Run, choose_device, first_alone, own_folder, prefetched, prepare_layers, processes
+from real.run import split_step, threads
 from real.setup import check_config, load_for_test, set_up, write_samples
-from sample import decoder_at, evaluate, fixed_plan
+from sample import evaluate, fixed_plan
 
 BALANCE_WEIGHT = 0.01                               # of the balancing loss
 TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
@@ -53,6 +54,7 @@ class TrainConfig:
     method: str = flag("mome", "trained beside the projectors: MoME, LoRA or nothing", choices=tuple(METHODS))
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
     max_bad: str = flag("1%", "share of these clips that may be unusable")
+    disjoint: bool = flag(False, "leave out training clips that say a sentence of its test split")
     box: str = flag("", "x,y,w,h of the mouth in the pictures (default: it is searched)")
     seed: int = flag(0, "of everything random", least=0)
     steps: int = flag(0, "of stage 3; 0: by --epochs, else 1700, 3500 with --data, 700 with --llm", least=0)
@@ -73,7 +75,12 @@ class TrainConfig:
     n_shared: int = flag(1, "experts that every token passes through", least=0)
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
-    batch_size: int = flag(4, "clips in a step of stage 3", least=1)
+    batch_size: int = flag(4, "clips in a step of stage 3, of all processes of torchrun together", least=1)
+    batch_seconds: float = flag(120., "seconds of clips that a process computes at a time", least=1)
+    accumulate: int = flag(1, "parts in which a process computes its clips of a step; saves memory", least=1)
+    rates_per_step: str = flag("all", "sets of rates in a step; 1 is drawn at random", choices=("all", "1"))
+    checkpointing: bool = flag(False, "compute activations of the LLM twice, to save memory")
+    compile: bool = flag(False, "compile the layers of the LLM by torch.compile")
     lr: float = flag(0., "peak learning rate; 0: 4.5e-3, projectors 2e-3, with --data 1.5e-3", least=0)
     weight_decay: float = flag(0.1, "of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
@@ -108,13 +115,17 @@ class TrainConfig:
 
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
-def encode_clips(model, clips, task, rng, voices, features):
-    """Augmented clips through the frozen encoders, once for all rates -> {stream: (tokens, lengths)}.
-    Real encoders have read the clips before, see real/features.py."""
+def encode_parts(model, clips, parts, task, rng, voices, features):
+    """Augmented clips through the frozen encoders, once for all rates -> for each part (its share, its rows)
+    {stream: (tokens, lengths)}. Real encoders have read the clips before, see real/features.py."""
     cached = [stream for stream in TASKS[task] if features and stream in features.identity]
-    encoded = features.batch(clips, cached, rng) if cached else {}
     fresh = [stream for stream in TASKS[task] if stream not in cached]
-    return encoded | model.encode(to_device(batch(clips, fresh, rng, voices), model.device))
+    tokens = features.rows(clips, cached, rng) if cached else {}
+    raw = rows_of(clips, fresh, rng, voices)
+    for _, rows in parts:
+        known = padded({stream: [xs[row] for row in rows] for stream, xs in tokens.items()})
+        new = to_inputs({stream: [xs[row] for row in rows] for stream, xs in raw.items()})
+        yield to_device(known, model.device) | model.encode(to_device(new, model.device))
 
 
 def learning_rate(step, steps, peak):
@@ -136,26 +147,36 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def batch_of(step):
-        """The task, the clips and the encoded clips of a step: a function of (seed, step)."""
+        """The task, clips and sets of rates of a step, a function of (seed, step), and what this process
+        reads: parts, each with its share of all words, its transcripts and {stream: (tokens, lengths)}."""
         rng = random.Random(f"{seed} {step}")
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
         chosen = drawn_clips(usable[task], config.batch_size, seed, step)
-        return task, chosen, encode_clips(model, chosen, task, rng, voices, features)
+        rate_sets = task_rates(task, pairs)
+        if config.rates_per_step == "1":
+            rate_sets = [random.Random(f"{seed} {step} rates").choice(rate_sets)]
+        transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
+        parts = split_step(chosen, transcripts, config)
+        encoded = encode_parts(model, chosen, parts, task, rng, voices, features)
+        parts = [(share, [transcripts[row] for row in rows], next(encoded)) for share, rows in parts]
+        return task, chosen, rate_sets, parts
 
-    first = run.begin(trained, optimizer)
+    first = run.begin(trained, optimizer, steps)
     recent = run.kept["recent"]                             # losses since the last check
     batches = prefetched(batch_of, first, steps)
     progress = tqdm(batches, f"stage 3, {config.method}", steps, initial=first)
-    for step, (task, chosen, encoded) in enumerate(progress, first):
-        transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
-        rate_sets = task_rates(task, pairs)
+    for step, drawn in enumerate(progress, first):
+        _, _, rate_sets, parts = drawn
         total = 0
-        for rates in rate_sets:                             # one backward each: memory for one set of rates
-            cross_entropy, balance = model.loss(encoded, transcripts, rates)
-            loss = (cross_entropy + BALANCE_WEIGHT * balance) / len(rate_sets)
-            loss.backward()
-            total += loss.item()
-        run.log(step, task, chosen, total, balance, model.llm)
+        for share, transcripts, encoded in parts:           # one part, but for --accumulate
+            for rates in rate_sets:                         # one backward each: memory for one set of rates
+                cross_entropy, balance = model.loss(encoded, transcripts, rates)
+                loss = share * cross_entropy + BALANCE_WEIGHT * balance / len(parts)
+                loss = loss / len(rate_sets)
+                loss.backward()
+                total += loss.item()
+        total, balance = run.sum_up(total, balance)         # over the processes of torchrun
+        run.log(step, drawn, total, balance, model.llm)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         optimizer.step()
@@ -173,15 +194,15 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
 def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
-    model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
+    with first_alone():
+        model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     longest = max(clip.duration for clip in clips["train"])
-    saved = {"rates": pairs, "tasks": tasks, "method": config.method, "longest": longest}
     torch.manual_seed(config.seed)
-    if config.method == "lora":
-        saved["lora_rank"] = lora_rank(model.llm.config, config)
-        add_lora(model.llm, saved["lora_rank"])
+    saved = {"rates": pairs, "tasks": tasks, "method": config.method, "longest": longest}
+    saved |= add_adapter(model.llm, config)
     print(count_parameters(model, config.method))
     run = Run(config, clips["train"])
+    prepare_layers(model.llm.layers, config)
 
     def test_held_out(step, loss):
         rows = evaluate(model, clips["valid"], fixed_plan(tasks, pairs), [None], tokenizer)
@@ -199,9 +220,6 @@ def train(config, tasks, pairs, device, watch):
         watch.lap("calibration")
     save_model(model, out, **frozen, **saved)
     run.finish()
-    (out / "curve.json").unlink(missing_ok=True)            # of an earlier model
-    if run.kept["curve"]:
-        write_json(out / "curve.json", run.kept["curve"])
     write_samples(config, clips["test"], out / "samples")
     return model, saved | {"paths": config.real_paths}, clips["test"]
 
@@ -224,13 +242,7 @@ def run(config):
         with own_folder(out):
             model, saved, clips = train(config, tasks, pairs, device, watch)
     tokenizer = load_tokenizer(saved["paths"].get("llm", out))
-    plan = fixed_plan(tasks, pairs)
-    if set(map(tuple, saved["rates"])) <= set(pairs):       # auto's cost is compared with the trained rates
-        for task in set(tasks) & set(saved.get("auto", ())):
-            plan[task, "auto", None] = task, decoder_at("auto", task, saved)
-    elif "auto" in saved:
-        trained = ",".join(f"{audio}:{video}" for audio, video in saved["rates"])
-        note(f"auto is tested only beside all trained rates: {trained}")
+    plan = fixed_plan(tasks, pairs) | auto_plan(tasks, pairs, saved)
     rows = evaluate(model, clips, plan, parse_snrs(config.snr), tokenizer, config.beam)
     watch.lap("test")
     write_json(out / "metrics.json", {
@@ -238,15 +250,14 @@ def run(config):
         "auto": [row for row in rows if row["audio_rate"] == "auto"],
         "seconds": watch, "config": asdict(config)})
     print(table(rows))
-    stages = "; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in watch.items())
-    print(f"{stages}; in all {sum(watch.values()):.0f} s")
+    print(watch)
 
 
 def main(argv=None):
     usage = "train.py [--rates 2,4,8] [flags, see --help]"
     config = parse_options(TrainConfig, argv, __doc__, usage, PRESETS, check_config)
     try:
-        with threads(0.5):                                  # two things run side by side in every stage
+        with threads(0.5), processes(config.device):        # two things run side by side in every stage
             run(config)
     except (*ERRORS, ClipError) as error:
         print(f"train.py: {error}", file=sys.stderr)

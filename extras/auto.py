@@ -9,6 +9,7 @@ from functools import partial
 import jiwer
 import numpy as np
 
+from real.files import note
 from sample import decode, decode_all, trained_rates
 
 SNRS = [None, 0.]     # noises of the calibration
@@ -46,6 +47,16 @@ def auto_decoder(task, config):
     coarse, fine = two_rates(task, config)
     ladder = [(coarse, threshold), (fine, -math.inf)] if fine != coarse else [(coarse, -math.inf)]
     return partial(decode_ladder, ladder=ladder)
+
+
+def auto_plan(tasks, pairs, saved):
+    """The plan of sample.evaluate for `auto` of a checkpoint, `saved` is its config. Its cost is compared with the trained
+    rates, so `pairs`, the tested ones, must hold them."""
+    if "auto" in saved and not set(map(tuple, saved["rates"])) <= set(pairs):
+        trained = ",".join(f"{audio}:{video}" for audio, video in saved["rates"])
+        note(f"auto is tested only beside all trained rates: {trained}")
+        return {}
+    return {(task, "auto", None): (task, auto_decoder(task, saved)) for task in tasks if task in saved.get("auto", ())}
 
 
 def wrong_words(reference, hypothesis):

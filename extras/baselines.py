@@ -20,6 +20,15 @@ class LoRA:
         return super().forward(x) + F.linear(F.linear(x, a), b)
 
 
+def add_adapter(llm, config):
+    """What --method asks for beside MoME, put into a Llama -> what the checkpoint must know of it."""
+    if config.method != "lora":
+        return {}
+    rank = lora_rank(llm.config, config)
+    add_lora(llm, rank)
+    return {"lora_rank": rank}
+
+
 def add_lora(llm, rank):
     """Put trainable LoRAs of this rank on the attention's four projections in every layer of a Llama."""
     for layer in llm.layers:

@@ -10,6 +10,7 @@ their times (or memory): above 1, the second way is better. On a GPU the same is
 rows compare with `transformers` and need it (requirements-test.txt). --plot needs matplotlib (extras/requirements.txt).
 """
 import argparse
+import copy
 import ctypes
 import json
 import platform
@@ -25,6 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from extras.baselines import TARGETS, add_lora, lora_rank
 from mome import Llama, LlamaConfig, MoME
 from real.weights import speed_up
 from sample import KVCache, generate
@@ -234,14 +236,8 @@ def decoding(bench):
     except ImportError as error:
         yield bench.missing("decoding", case, f"transformers is not installed ({error})")
         return
-    c = llm.config
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    peer = transformers.LlamaForCausalLM(config).to(bench.device, bench.dtype).eval()
-    peer.model.load_state_dict(llm.state_dict())
-    ids = torch.randint(c.vocab_size, (1, prefix), device=bench.device)
+    peer = transformer(llm, transformers, bench)
+    ids = torch.randint(sizes["vocab_size"], (1, prefix), device=bench.device)
     tokens = {}
 
     def ours():
@@ -257,6 +253,71 @@ def decoding(bench):
         if not same:
             bench.print_row("decoding", "", "their tokens differ")
         yield row | {"same_tokens": same, "tokens_per_second": n_new / row["second_seconds"]}
+
+
+def training(bench):
+    """Forward + backward of a step against transformers with peft's LoRA: same frozen weights, inputs and labels.
+
+    All gradients are computed that training needs: of the adapter, and of the inputs, where the projectors are. LoRA has
+    as many parameters as MoME has active ones. transformers computes logits at all positions."""
+    sizes, B, T, n_labels = (SMOLLM2 | {"n_layers": 2}, 2, 40, 8) if bench.quick else (SMOLLM2, 4, 160, 16)
+    case = f"SmolLM2-135M's shapes{', 2 layers' if bench.quick else ''}, {B} x {T} tokens, {n_labels} labels each"
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        yield bench.missing("training", case, f"peft or transformers is not installed ({error})")
+        return
+    plain = Llama(LlamaConfig(**sizes)).to(bench.device, bench.dtype).requires_grad_(False)
+    peer = transformer(plain, transformers, bench)
+    with_mome, with_lora = copy.deepcopy(plain), copy.deepcopy(plain)
+    with_mome.add_mome(**MOME_23_4)
+    for layer in with_mome.layers:
+        randomised(layer.mome).to(bench.device)
+    rank = lora_rank(plain.config, LlamaConfig(**sizes | MOME_23_4))
+    add_lora(with_lora, rank)
+    peer = peft.get_peft_model(peer, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+    x = 0.02 * torch.randn(B, T - n_labels + 1, plain.config.dim, device=bench.device, dtype=bench.dtype)
+    x.requires_grad_()
+    labels = torch.randint(plain.config.vocab_size, (B, n_labels), device=bench.device)
+    losses = {}
+
+    def ours(llm):
+        def work():
+            loss = llm.transcript_loss(list(x), list(labels))
+            loss.backward()
+            losses[llm] = loss.item()
+        return work
+
+    def theirs():
+        table = peer.get_input_embeddings()
+        inputs = torch.cat([x, table(labels[:, :-1])], 1)
+        targets = F.pad(labels, (T - n_labels, 0), value=-100)
+        loss = peer(inputs_embeds=inputs, labels=targets).loss
+        loss.backward()
+        losses["theirs"] = loss.item()
+
+    names = {"LoRA": with_lora, "MoME-23/4+1": with_mome}
+    peaks = {name: bench.peak_memory(work) for name, work in [("peft", theirs)] + [(n, ours(m)) for n, m in names.items()]}
+    for name, llm in names.items():
+        row = bench.row("training", f"{case}, {name}", theirs, ours(llm), ("peft's LoRA", f"ours, {name}"))
+        if None not in peaks.values():
+            row |= {"first_bytes": peaks["peft"], "second_bytes": peaks[name]}
+            bench.print_row("training", "  peak memory beyond the weights", f"peft {peaks['peft'] / 2**20:.0f} MiB  "
+                                                                              f"ours {peaks[name] / 2**20:.0f} MiB")
+        yield row | {"first_loss": losses["theirs"], "second_loss": losses[llm]}
+
+
+def transformer(llm, transformers, bench):
+    """The LlamaForCausalLM of transformers with the weights of `llm`."""
+    c = llm.config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    peer = transformers.LlamaForCausalLM(config).to(bench.device, bench.dtype).eval()
+    peer.model.load_state_dict(llm.state_dict())
+    return peer
 
 
 def logits_memory(bench):
@@ -360,7 +421,8 @@ def machine(device):
     return f"{torch.get_num_threads()} threads of {name or platform.machine()}, fp32, torch {torch.__version__}"
 
 
-SECTIONS = {"layer": layer_paths, "overhead": overhead, "decoding": decoding, "memory": logits_memory, "main": main_job}
+SECTIONS = {"layer": layer_paths, "overhead": overhead, "decoding": decoding, "training": training,
+            "memory": logits_memory, "main": main_job}
 
 
 def main(argv=None):

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
@@ -125,15 +124,11 @@ class Features:
             write_whole(path, lambda temporary: save_file({"x": x[:length].contiguous()}, temporary))
         return len(jobs)
 
-    def batch(self, clips, streams, rng):
-        """Each clip in one of its versions -> {stream: (tokens (B, T, D), lengths (B,))}, like AVSR.encode."""
-        copies, encoded = [rng.randrange(self.copies + 1) for _ in clips], {}
-        for stream in streams:
-            try:
-                rows = [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
-            except (OSError, SafetensorError) as error:
-                raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None
-            longest = max(map(len, rows))
-            tokens = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for row in rows])
-            encoded[stream] = torch.from_numpy(tokens), torch.tensor([len(row) for row in rows])
-        return data.to_device(encoded, self.model.device)
+    def rows(self, clips, streams, rng):
+        """Each clip in one of its versions -> {stream: B rows (T, D)}."""
+        copies = [rng.randrange(self.copies + 1) for _ in clips]
+        try:
+            return {stream: [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
+                    for stream in streams}
+        except (OSError, SafetensorError) as error:
+            raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None

@@ -38,6 +38,11 @@ def expanded(paths):
     return [found for path in paths for found in (not os.path.exists(path) and sorted(glob(str(path))) or [path])]
 
 
+def is_first():
+    """Whether this process writes files and prints. Under torchrun only the first of its processes does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def shown(path):
     """The path on one line, even if its name has line feeds in it."""
     return str(path) if str(path).isprintable() else repr(str(path))
@@ -63,7 +68,11 @@ def write_whole(path, write):
 
 
 def write_together(contents):
-    """{path: bytes} -> all these files or none of them: no file is replaced before all are on the disk."""
+    """{path: bytes} -> all these files or none of them: no file is replaced before all are on the disk.
+
+    Only the first process of torchrun writes."""
+    if not is_first():
+        return
     try:
         for path, content in contents.items():
             temporary_of(path).write_bytes(content)

@@ -1,8 +1,8 @@
 """A folder of clips with their transcripts (real/layouts.py) -> training clips and test clips.
 
 Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
-talker. Talkers are named in a manifest, or are the folders at the highest level that has several. No sentence is in
-both splits.
+talker. Talkers are named in a manifest, or are the folders at the highest level that has several. No sentence is then
+in both splits. Splits that the folder names stay as they are.
 """
 import zlib
 from collections import Counter
@@ -44,7 +44,8 @@ def entries(folder):
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
     shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
     test = set(shuffled[:max(1, len(shuffled) // 5)])
-    listed = [replace(entry, split="test" if group in test else "train") for entry, group in zip(listed, groups)]
+    listed = [replace(entry, split="test" if group in test else "train", is_drawn=True)
+              for entry, group in zip(listed, groups)]
     return layout, listed, words
 
 
@@ -75,11 +76,11 @@ def read_entries(listed, reading=None):
             readers.shutdown(wait=False, cancel_futures=True)      # an error does not wait for all clips
 
 
-def folder_clips(folder, reading=None, max_bad=1.):
+def folder_clips(folder, reading=None, max_bad=1., disjoint=False):
     """A folder -> {"train": [Clip], "test": [Clip]}. `reading`: arguments of clips.read_pieces. Raises ClipError.
 
     A clip that cannot be used is left out, with a note. More than `max_bad` percent of such clips are an error.
-    A training clip is left out if a test clip has the same sentence."""
+    A training clip is left out if a test clip has the same sentence and the splits are ours, or `disjoint` asks so."""
     layout, listed, passed_over = entries(folder)
     listed = [entry for entry in listed if entry.split in ("train", "test")]
     if passed_over:
@@ -97,8 +98,12 @@ def folder_clips(folder, reading=None, max_bad=1.):
     test_sentences = {clip.text for clip in clips["test"]}
     fresh = [clip for clip in clips["train"] if clip.text not in test_sentences]
     if n_repeated := len(clips["train"]) - len(fresh):
-        note(f"left out: {n_repeated} training clips of {shown(folder)} whose sentence is in its test split")
-    clips["train"] = fresh
+        clip_count = f"{n_repeated} training clips of {shown(folder)} whose sentence is in its test split"
+        if disjoint or listed[0].is_drawn:
+            clips["train"] = fresh
+            note(f"left out: {clip_count}")
+        else:
+            note(f"used, as the folder names its splits: {clip_count}; --disjoint leaves them out")
     for split, usable in clips.items():
         if not usable:
             n_clips = sum(map(len, clips.values()))

@@ -42,6 +42,7 @@ class Entry:
     source: Path | None = None                 # None: there is none
     sound: Path | None = None                  # a sound file that belongs to these pictures
     span: tuple[float, float] | None = None    # seconds from start to end; None: all of it
+    is_drawn: bool = False                     # the split is ours, not the folder's
 
 
 def recognise(folder):
@@ -117,7 +118,7 @@ def manifest(folder, files):
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
-        listed.append(Entry(folder / row["path"], row.get("talker", ""), SPLITS.get(split.lower()), row["text"]))
+        listed.append(Entry(folder / row["path"], row.get("talker", ""), SPLITS.get(split.lower()), text=row["text"]))
     if not listed:
         raise clip_error(path, "no clips here, only its first line")
     return listed
@@ -128,7 +129,7 @@ def common_voice(folder, files):
     tables = [folder / f"{name}.tsv" for name in ("train", "dev", "test")]
     if not (folder / "clips").is_dir() or not tables[0].is_file():
         return None
-    return [Entry(folder / "clips" / row["path"], row.get("client_id", ""), SPLITS[table.stem], row["sentence"])
+    return [Entry(folder / "clips" / row["path"], row.get("client_id", ""), SPLITS[table.stem], text=row["sentence"])
             for table in tables if table.is_file() for _, row in read_table(table, "path", "sentence")]
 
 
@@ -164,7 +165,7 @@ def sphinx(folder, files):
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
             split = named_split(path.stem.rpartition("_")[2])
-            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, texts.get(stem.name)))
+            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=texts.get(stem.name)))
     return listed
 
 
@@ -194,7 +195,7 @@ def side_by_side(folder, files):
         if source is None:                     # of several .align of this name, the one whose folders are most alike
             source = max(aligns[path.stem], key=lambda align: len(set(align.parts) & set(path.parts)), default=None)
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
-        listed += cut(Entry(path, talker, split, text, source, sound))
+        listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
         listed = [replace(entry, split=None) for entry in listed]
     return listed
@@ -276,5 +277,4 @@ def cut(entry):
         if pieces[-1] and end - pieces[-1][0][1] > CUT_SECONDS and words[-1][2] - start > 1:    # no leftover of a word
             pieces.append([])
         pieces[-1].append((word, start, end))
-    return [Entry(entry.path, entry.talker, entry.split, " ".join(word for word, _, _ in piece), entry.source,
-                  span=(piece[0][1], piece[-1][2])) for piece in pieces]
+    return [replace(entry, text=" ".join(word for word, _, _ in piece), span=(piece[0][1], piece[-1][2])) for piece in pieces]

@@ -2,9 +2,13 @@
 import argparse
 import math
 from dataclasses import field, fields
+from pathlib import Path
 
 from data import TASKS
-from real.checkpoint import FLAGS
+from real.checkpoint import FLAGS, load_for_use
+from real.files import expanded
+from real.media import SUFFIXES
+from real.mouth import parse_box
 
 
 def flag(default, text, **more):
@@ -85,3 +89,21 @@ def parse_sample_options(argv, description):
     if len(args.clips) != 1 and (args.srt or args.show_crop):
         parser.error("--srt and --show-crop are for one clip")
     return args
+
+
+def check_sample_options(args, parts):
+    """Check the command line of sample.py against its checkpoint before any clip is read -> its config, the paths.
+
+    parts: the options of load_for_use. ValueError or OSError say what is wrong."""
+    if args.beam < 1:
+        raise ValueError(f"--beam must be 1 or more, not {args.beam}")
+    args.box = args.box and parse_box(args.box)
+    model, config, _ = load_for_use(args.ckpt, **parts)
+    if args.task and not set(TASKS[args.task]) <= set(model.encoders):
+        streams = " and ".join(model.encoders)
+        raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
+    samples = sorted(Path(args.ckpt, "samples").glob("*"))
+    clips = expanded(args.clips) or [path for path in samples if path.suffix.lower() in SUFFIXES]
+    if not clips:
+        raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+    return config, clips

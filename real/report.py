@@ -6,6 +6,7 @@ import jiwer
 import regex
 
 from mome import MoME
+from real.files import note
 
 
 SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
@@ -18,6 +19,10 @@ class Stopwatch(dict):
 
     def lap(self, stage):
         self[stage], self.since = round(time.perf_counter() - self.since, 1), time.perf_counter()
+
+    def __str__(self):
+        stages = "; ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.items())
+        return f"{stages}; in all {sum(self.values()):.0f} s"
 
 
 def count_parameters(model, method):
@@ -38,6 +43,8 @@ def count_parameters(model, method):
 def error_rates(references, hypotheses):
     """The corpus WER (jiwer); with it the character error rate, if most letters are of scripts without spaces."""
     rates = {"wer": jiwer.wer(references, hypotheses)}
+    if len(set(references)) >= 10 and len(set(hypotheses)) == 1:
+        note(f"all {len(references)} clips get the same text, {hypotheses[0]!r}: the model does not listen yet")
     letters = "".join(references)
     if len(regex.findall(SPACELESS, letters)) > len(letters) / 2:
         texts = [[text.replace(" ", "") for text in side] for side in (references, hypotheses)]

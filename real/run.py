@@ -1,4 +1,4 @@
-"""Looking after a training run: its threads, its folder, its log, and the state from which it goes on."""
+"""Looking after a training run: its processes and threads, its folder, its log, and the state from which it goes on."""
 import csv
 import hashlib
 import json
@@ -7,23 +7,35 @@ import multiprocessing
 import os
 import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.utils.checkpoint import checkpoint
 
-from real.files import CheckpointError, TrainingError, note, write_json, write_together
+from mome import MoME
+from real.files import CheckpointError, TrainingError, is_first, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
-NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips"}
+NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
+                "accumulate", "batch_seconds", "checkpointing", "compile"}
 STATE = ("param", "step", "exp_avg", "exp_avg_sq")     # of each trained parameter; the last three are AdamW's
-LOG_EVERY = 10                           # steps
+COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
+LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
 
 
 # --- processes and threads -------------------------------------------------------------------------------------------
@@ -48,7 +60,105 @@ def choose_device(name):
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"--device {name}: torch cannot use a GPU here ({reason}); use --device cpu") from None
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda")
+
+
+@contextmanager
+def processes(device):
+    """In this block the processes of torchrun work together, and only the first prints. Alone, nothing changes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("gloo" if choose_device(device).type == "cpu" else "nccl", timeout=timedelta(days=1))
+    with open(os.devnull, "w") as nowhere:
+        with redirect_stdout(sys.stdout if is_first() else nowhere):
+            with redirect_stderr(sys.stderr if is_first() else nowhere):
+                with patch.object(MoME, "sum_counts", staticmethod(summed)):
+                    yield
+    dist.destroy_process_group()
+
+
+def summed(x):
+    """The sum of a tensor over all processes."""
+    x = x.clone()
+    together(dist.all_reduce, x)
+    return x
+
+
+def place():
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(operation, *arguments):
+    """One operation of torch.distributed, which all processes do. Raises TrainingError if one of them has ended."""
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        raise TrainingError(f"another process of this run has ended ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def first_alone():
+    """The first process does this block before the others, who then find its results in the cache."""
+    if not is_first():
+        together(dist.barrier)
+    yield
+    if is_first() and dist.is_initialized():
+        together(dist.barrier)
+
+
+def shared(work, items):
+    """The results of work(items), a list. Each process of torchrun works on its share and gets the results of all."""
+    rank, n_processes = place()
+    results = list(work(items[rank::n_processes]))
+    if n_processes == 1:
+        return results
+    of_all = [None] * n_processes
+    together(dist.all_gather_object, of_all, results)
+    return [result for results in of_all for result in results]
+
+
+def split_step(clips, transcripts, config):
+    """What this process computes of a step, in parts that follow one another -> [(share of all tokens to predict, rows)].
+
+    Each process takes its share of the clips, and all take as many parts: at least --accumulate, and so many that no part
+    takes more than --batch-seconds with its padding. So one long clip cannot exhaust the memory. The cross-entropies of
+    all parts, weighted by their shares, add up to the mean over the tokens of the step."""
+    def parts(rows, n):
+        rows = sorted(rows, key=lambda row: clips[row].duration) if n > 1 else rows
+        return [rows[i * len(rows) // n:(i + 1) * len(rows) // n] for i in range(n)]
+
+    def fits(part):
+        return len(part) == 1 or len(part) * max(clips[row].duration for row in part) <= config.batch_seconds
+
+    rank, n_processes = place()
+    shares = [range(i, len(clips), n_processes) for i in range(n_processes)]
+    most = len(clips) // n_processes
+    n_parts = next(n for n in range(min(config.accumulate, most), most + 1)
+                   if all(fits(part) for rows in shares for part in parts(rows, n)))
+    n_tokens = [len(ids) + 1 for ids in transcripts]             # with <eos>
+    return [(sum(n_tokens[row] for row in part) / sum(n_tokens), list(part)) for part in parts(shares[rank], n_parts)]
+
+
+def prepare_layers(layers, config):
+    """--checkpointing: a layer computes its activations again in the backward pass. --compile: by torch.compile."""
+    for layer in layers:
+        if config.compile:
+            layer.compile(dynamic=True)
+        if config.checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def prefetched(make, first, steps, ahead=4):
+    """Yield make(first), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = deque(worker.submit(make, step) for step in range(first, min(first + ahead, steps)))
+        for step in range(first, steps):
+            yield waiting.popleft().result()
+            if step + ahead < steps:
+                waiting.append(worker.submit(make, step + ahead))
 
 
 def begin_worker(n_threads):
@@ -67,6 +177,9 @@ def begin_worker(n_threads):
 def own_folder(folder):
     """In this block the folder exists, can be written, and belongs to this process. Raises OSError, CheckpointError."""
     lock = Path(folder, ".lock")
+    if not is_first():
+        yield
+        return
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
     is_new = not Path(folder).exists()
@@ -104,7 +217,8 @@ class Run:
 
     The state holds the trained tensors, the optimizer's moments and the step. A batch is a function of the step, so the
     run goes on bit for bit. The state is written every --save-every minutes and at Ctrl-C or SIGTERM, and replaced as a
-    whole. `kept` is a dict for JSON that is stored with it."""
+    whole. After the end it stays: the same command then finds nothing left to train. `kept` is a dict for JSON that is
+    stored with it."""
 
     def __init__(self, config, clips):
         self.out, self.minutes = Path(config.out), config.save_every
@@ -112,17 +226,18 @@ class Run:
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
         texts = json.dumps([(clip.name, clip.text) for clip in clips])
         self.settings["clips"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
-        self.kept, self.stop, self.log_file = {"curve": [], "recent": []}, False, None
-        self.began = self.saved = time.monotonic()
-        if config.fresh:
+        self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
+        self.log_file, self.log_rows, self.n_tokens, self.counts = None, None, 0, {}
+        self.began = self.saved = self.looked = time.monotonic()
+        if config.fresh and is_first():
             self.path.unlink(missing_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        facts = {"command": sys.argv, "config": asdict(config), "versions": versions}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "mome": revision()}
+        facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": place()[1]}
         write_json(self.out / "run.json", facts)
 
     def __enter__(self):
         def ask_to_stop(*_):
-            self.stop = True
+            self.asked = True
 
         self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -133,24 +248,28 @@ class Run:
         if self.log_file:
             self.log_file.close()
 
-    def begin(self, trained, optimizer):
+    def begin(self, trained, optimizer, steps):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
 
+        steps: how many there are.
+
         Raises CheckpointError if the state is damaged or of a run with other settings."""
-        self.trained, self.optimizer, step = trained, optimizer, 0
-        if self.path.is_file():
+        self.trained, self.optimizer, self.steps, step = trained, optimizer, steps, 0
+        with first_alone():
+            found = self.path.read_bytes() if self.path.is_file() else None
+        if found is not None:
             try:
-                tensors = load(self.path.read_bytes())
+                tensors = load(found)
                 facts = json.loads(bytes(tensors.pop("facts").tolist()))
+                if facts["finished"] and facts["settings"] != self.settings:
+                    return self.begin_log(0)                     # another training may follow one that has ended
                 self.refuse_other(facts["settings"])
                 states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors}
                           for i in range(len(trained))]
-                complete = all(set(state) in (set(STATE), {"param"}) for state in states)    # unused: no gradient yet
-                if tensors or not complete or any(state["param"].shape != p.shape for state, p in zip(states, trained)):
-                    raise ValueError("it has other tensors than this model")
+                self.refuse_damaged(states, tensors, facts["step"])
             except CheckpointError:
                 raise
-            except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
             with torch.no_grad():
                 for parameter, state in zip(trained, states):
@@ -159,9 +278,9 @@ class Run:
                         moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
                         optimizer.state[parameter] = {"step": state["step"], **moments}
             step, self.kept = facts["step"], facts["kept"]
-            note(f"{self.path}: goes on after step {step}")
-        self.begin_log(step)
-        return step
+            note(f"{self.path}: " + ("this training has ended; --fresh trains again" if facts["finished"] else
+                                     f"goes on after step {step}"))
+        return self.begin_log(step)
 
     def refuse_other(self, settings):
         """Raises CheckpointError if the stored settings are not those of this run."""
@@ -172,6 +291,38 @@ class Run:
                 raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {then!r}, is {now!r}; "
                                       "repeat that command, or start anew with --fresh")
 
+    def sum_up(self, loss, balance):
+        """The loss and balancing loss of this process -> those of all. Adds up the gradients too.
+
+        Only the gradients of what is trained travel; with them the loss and whether a process was asked to stop."""
+        self.stop, balance = self.asked, float(torch.as_tensor(balance).detach())
+        if place()[1] == 1:
+            return loss, balance
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        told = gradients[0].new_tensor([loss, balance, self.asked])
+        flat = summed(torch.cat([*map(torch.flatten, gradients), told]))
+        *sums, told = flat.split([*(gradient.numel() for gradient in gradients), len(told)])
+        for gradient, total in zip(gradients, sums):
+            gradient.copy_(total.view_as(gradient))
+        loss, balance, asked = told.tolist()
+        self.stop = asked > 0
+        return loss, balance
+
+    def refuse_damaged(self, states, others, step):
+        """Raises ValueError unless `states` fit the trained tensors, hold numbers, and are all that the file has."""
+        if not isinstance(step, int) or not 0 <= step <= self.steps:
+            raise ValueError(f"it is of step {step}, and there are {self.steps}")
+        for parameter, state in zip(self.trained, states):
+            if set(state) not in (set(STATE), {"param"}):        # param alone: it has had no gradient yet
+                raise ValueError("a tensor is missing")
+            for key, x in state.items():
+                if x.shape != (() if key == "step" else parameter.shape) or x.dtype != torch.float32:
+                    raise ValueError("it has other tensors than this model")
+                if not x.isfinite().all():
+                    raise ValueError("a number in it is none")
+        if others:
+            raise ValueError("it has other tensors than this model")
+
     def after(self, step):
         """Call it with the number of steps done, after each. It saves when it is time, and ends a run that is to end."""
         if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
@@ -180,52 +331,94 @@ class Run:
             note(f"{self.path}: holds the state after step {step}; the same command goes on from there")
             raise KeyboardInterrupt
 
-    def save(self, step):
-        """Write the state after `step` steps."""
-        facts = json.dumps({"step": step, "settings": self.settings, "kept": self.kept}).encode()
+    def save(self, step, finished=False):
+        """Write the state after `step` steps. finished: the model has been written as well."""
+        facts = {"step": step, "finished": finished, "settings": self.settings, "kept": self.kept}
+        facts = json.dumps(facts).encode()
         tensors = {"facts": torch.tensor(list(facts), dtype=torch.uint8)}
         for i, parameter in enumerate(self.trained):
             tensors[f"{i}.param"] = parameter.detach().cpu().contiguous()
             for key, x in self.optimizer.state[parameter].items():
                 tensors[f"{i}.{key}"] = x.cpu().contiguous()
         write_together({self.path: save(tensors)})
-        self.saved = time.monotonic()
+        self.saved, self.step = time.monotonic(), step
 
     def finish(self):
-        """The model is on the disk: the state is not needed any more."""
-        self.path.unlink(missing_ok=True)
+        """The model is on the disk. Write the curve of the held-out clips, and a state that says that training has ended."""
+        if self.kept["curve"]:
+            write_json(self.out / "curve.json", self.kept["curve"])
+        elif is_first():
+            (self.out / "curve.json").unlink(missing_ok=True)            # of an earlier model
+        self.save(self.step, finished=True)
+        with first_alone():
+            pass                                   # what follows reads these files
 
     # --- the log
 
     def begin_log(self, step):
-        """Keep the rows of an earlier part of this run, up to `step`."""
-        path = self.out / "log.csv"
-        rows = []
+        """Keep the rows of an earlier part of this run, up to `step` -> `step`."""
+        if not is_first():
+            return step
+        path, rows = self.out / "log.csv", []
         if step and path.is_file():
             rows = [row for row in csv.reader(path.read_text().splitlines()[1:]) if row and int(row[0]) < step]
         self.log_file = path.open("w", newline="")
         self.log_rows = csv.writer(self.log_file)
-        self.log_rows.writerow(["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "seconds"])
+        self.log_rows.writerow(COLUMNS)
         self.log_rows.writerows(rows)
+        return step
 
-    def log(self, step, task, clips, loss, balance, llm):
-        """A line of log.csv, every LOG_EVERY steps. max_load: the most tokens of an expert of a layer over the mean.
+    def log(self, step, drawn, loss, balance, llm):
+        """A line of log.csv, every LOG_EVERY steps. drawn: what train.train_mome draws for a step.
 
-        Raises TrainingError if the loss is not a number."""
+        max_load: the most tokens of an expert over the mean, in the worst layer. router_entropy: of a router's mean
+        probabilities, in the worst layer. tokens_per_s: pooled tokens of this process, at all rates of a step. Raises
+        TrainingError if the loss is not a number."""
+        task, clips, rate_sets, parts = drawn
         if not math.isfinite(loss):
             names = ", ".join(clip.name for clip in clips)
             raise TrainingError(f"step {step}: the loss is {loss}; try a smaller --lr; the clips of this step: {names}")
-        if step % LOG_EVERY:
+        for rates, (_, _, encoded) in product(rate_sets, parts):
+            self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
+        if step % LOG_EVERY or self.log_rows is None:
             return
         loads, entropies = [1.0], [0.0]
-        for layer in llm.layers:
+        for number, layer in enumerate(llm.layers):
             if layer.mome is not None and layer.mome.routed is not None:
                 probs, chosen, _ = layer.mome.routed
-                counts = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).float()
+                counts = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).cpu().float()
                 loads.append((counts.max() / counts.mean()).item())
-                entropies.append(-(probs.mean(0) * probs.mean(0).clamp(min=1e-9).log()).sum().item())
-        balance = float(torch.as_tensor(balance).detach())
-        lr, seconds = self.optimizer.param_groups[0]["lr"], time.monotonic() - self.began
-        numbers = f"{loss:.4f} {balance:.4f} {max(loads):.2f} {max(entropies):.3f} {lr:.2e} {seconds:.1f}"
+                mean = probs.mean(0)
+                entropies.append(-(mean * mean.clamp(min=1e-9).log()).sum().item())
+                self.counts[number] = self.counts.get(number, 0) + counts
+                self.top_k = chosen.shape[1]
+        now = time.monotonic()
+        speed, self.n_tokens, self.looked = self.n_tokens / (now - self.looked), 0, now
+        lr = self.optimizer.param_groups[0]["lr"]
+        numbers = (f"{loss:.6f} {balance:.4f} {max(loads):.2f} {min(entropies[1:], default=0):.3f} {lr:.2e} {speed:.0f} "
+                   f"{now - self.began:.1f}")
         self.log_rows.writerow([step, task, *numbers.split()])
         self.log_file.flush()
+        if step and step % LOOK_EVERY == 0:
+            self.look_at_experts()
+
+    def look_at_experts(self):
+        """Say which experts had no work since the last look, and where a router always chooses the same ones."""
+        for number, counts in self.counts.items():
+            idle = [str(expert) for expert, count in enumerate(counts.tolist()) if count == 0]
+            share = counts.topk(self.top_k).values.sum() / counts.sum()
+            if self.top_k < len(counts) and share > 0.95:
+                note(f"layer {number}: its router has collapsed: the same {self.top_k} experts get {share:.0%} of the tokens")
+            elif idle:
+                note(f"layer {number}: expert {', '.join(idle)} got no token in the last {LOOK_EVERY} steps")
+        self.counts = {}
+
+
+def revision():
+    """The commit of this code, with a + if files have changed since; None outside a git checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True).stdout
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

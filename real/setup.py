@@ -1,4 +1,5 @@
 """What stage 3 starts from: checked flags, clips, and the model around its frozen parts, real ones or stand-ins."""
+import os
 import shutil
 import zlib
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
-from real.files import CheckpointError, file_of
+from real.files import CheckpointError, file_of, is_first
 from real.features import Features
 from real.folders import folder_clips
 from real.mouth import parse_box
@@ -29,6 +30,8 @@ def check_config(config):
     """Check flags that depend on one another. ValueError says which flag is wrong."""
     if not config.out:
         raise ValueError("--out '': name a folder")
+    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"--batch-size {config.batch_size}: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
     parse_rates(config.rates)
     parse_snrs(config.snr)
     percent("--max-bad", config.max_bad)
@@ -60,7 +63,8 @@ def load_clips(config, tasks, audio, video):
     if config.data:
         box = parse_box(config.box) if config.box else None
         how = {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
-        clips = folder_clips(config.data, reading(audio, video) | how, percent("--max-bad", config.max_bad))
+        max_bad = percent("--max-bad", config.max_bad)
+        clips = folder_clips(config.data, reading(audio, video) | how, max_bad, config.disjoint)
         if config.valid_every and not config.eval_only:
             clips["train"], clips["valid"] = hold_out(clips["train"])
     else:
@@ -109,7 +113,7 @@ def set_up(config, tasks, device, watch):
     watch.lap("clips")
     if config.data:
         texts = [clip.text for clip in clips["train"]]
-        tested = {clip.text for split in clips if split != "train" for clip in clips[split]}
+        tested = {clip.text for split in clips if split != "train" for clip in clips[split]} - set(texts)
     else:
         texts, tested = grid_sentences("train"), set(grid_sentences("test"))
     words = None
@@ -148,6 +152,8 @@ def load_for_test(config, tasks, device):
 
 def write_samples(config, clips, folder):
     """Three test clips for sample.py, in place of those of an earlier run."""
+    if not is_first():
+        return
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample[123]_*"):
         old.unlink()

@@ -10,6 +10,7 @@ import torch
 import data
 from extras import digits
 from real.files import write_json
+from real.run import prefetched
 from toy import talker
 from toy.pretrain import spell
 from toy.tokenizer import common_words, make_tokenizer
@@ -184,7 +185,7 @@ def test_clips_of_a_step_are_a_function_of_seed_and_step():
 @pytest.mark.parametrize("steps", [0, 1, 3, 9])
 def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
     for first in (0, 2):
-        assert list(data.prefetched(lambda step: step ** 2, first, steps)) == [step ** 2 for step in range(first, steps)]
+        assert list(prefetched(lambda step: step ** 2, first, steps)) == [step ** 2 for step in range(first, steps)]
 
     def fail(step):
         if step == 2:
@@ -192,7 +193,7 @@ def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
         return step
     if steps > 2:
         with pytest.raises(ValueError, match="step 2"):
-            list(data.prefetched(fail, 0, steps))
+            list(prefetched(fail, 0, steps))
 
 
 # --- text ---

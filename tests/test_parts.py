@@ -291,7 +291,7 @@ def test_kept_outputs_are_those_of_the_encoder(kept):
     torch.testing.assert_close(x.float(), alone, atol=5e-3, rtol=5e-3)
     copies = [load_file(store.path(clips[0], n, "audio"))["x"] for n in (1, 2)]
     assert not torch.equal(copies[0][:20], copies[1][:20]) and not torch.equal(copies[0][:20], x[:20])
-    tokens, lengths = store.batch(clips, ["audio"], random.Random(1))["audio"]
+    tokens, lengths = data.padded(store.rows(clips, ["audio"], random.Random(1)))["audio"]
     assert tokens.shape[:2] == (2, lengths.max()) and tokens[lengths.argmin(), lengths.min():].abs().sum() == 0
 
 
@@ -329,7 +329,7 @@ def test_a_damaged_file_is_one_line(kept):
     store = make(copies=0)
     store.path(clips[1], 0, "audio").write_bytes(b"")
     with pytest.raises(data.ClipError, match="damaged, delete it"):
-        store.batch(clips, ["audio"], random.Random(0))
+        store.rows(clips, ["audio"], random.Random(0))
 
 
 def test_distortion_keeps_time_and_bounds():

@@ -2,12 +2,15 @@
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TRAINED
@@ -15,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from data import Clip
+from real import run
+from real.files import CheckpointError
 from real.run import Run
 
 STEPS = 6
@@ -24,12 +30,23 @@ def command(out, *more):
     return [*TRAINED, "--steps", str(STEPS), "--out", str(out), "--cache", str(out.parent / "cache"), *map(str, more)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_step_is_logged():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "LOG_EVERY", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nobody stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main(command(out)) == 0
     return out
+
+
+def losses(out):
+    return [float(row["loss"]) for row in csv.DictReader((out / "log.csv").read_text().splitlines())]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +76,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, stopped, capsys):
     assert "goes on after step 3" in capsys.readouterr().err
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     rows = [json.loads((out / "metrics.json").read_text())["rows"] for out in (whole, stopped)]
-    assert rows[0] == rows[1] and not (stopped / "state.safetensors").exists()
+    assert rows[0] == rows[1]
+
+
+def test_after_the_end_nothing_is_trained(whole, capsys):
+    before = (whole / "model.safetensors").read_bytes(), (whole / "log.csv").read_text()
+    assert train.main(command(whole)) == 0
+    assert "this training has ended; --fresh trains again" in capsys.readouterr().err
+    assert ((whole / "model.safetensors").read_bytes(), (whole / "log.csv").read_text()) == before
+
+
+def test_another_training_may_follow_in_the_same_folder(whole):
+    out = shutil.copytree(whole, whole.parent / "another")
+    assert train.main(command(out, "--lr", 1e-3)) == 0
+    assert (out / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
 
 
 def test_other_settings_are_refused_and_fresh_starts_anew(whole, stopped, capsys):
@@ -70,6 +100,9 @@ def test_other_settings_are_refused_and_fresh_starts_anew(whole, stopped, capsys
     assert (stopped / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
 
 
+FACTS = {"no keys": b"{}", "a list": b"[]", "no JSON": b"{", "not UTF-8": b"\xff{}", "settings": b'{"settings": 1, "step": 3}'}
+
+
 def spoil(path, kind):
     content = path.read_bytes()
     if kind == "empty":
@@ -78,24 +111,68 @@ def spoil(path, kind):
         path.write_bytes(content[:len(content) // 2])
     elif kind == "text":
         path.write_text("state")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"step": 3}))
+    elif kind == "a byte":
+        path.write_bytes(content[:9] + b"!" + content[10:])
+    elif kind == "too long":
+        path.write_bytes(content + b"0")
+    elif kind == "header's size":
+        path.write_bytes(b"\xff" * 8 + content[8:])
+    elif kind == "LFS":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     else:
         tensors = load_file(path)
         if kind == "no facts":
             del tensors["facts"]
-        elif kind == "facts":
-            tensors["facts"] = torch.tensor(list(b"{}"), dtype=torch.uint8)
+        elif kind in FACTS:
+            tensors["facts"] = torch.tensor(list(FACTS[kind]), dtype=torch.uint8)
+        elif kind == "facts of numbers":
+            tensors["facts"] = torch.ones(5)
+        elif kind == "step":
+            facts = json.loads(bytes(tensors["facts"].tolist()))
+            tensors["facts"] = torch.tensor(list(json.dumps(facts | {"step": 10 ** 6}).encode()), dtype=torch.uint8)
         elif kind == "no moment":
             del tensors["0.exp_avg"]
         elif kind == "shape":
             tensors["0.param"] = torch.zeros(3)
+        elif kind == "moment's shape":
+            tensors["0.exp_avg"] = torch.zeros(3)
+        elif kind == "NaN":
+            tensors["0.param"][0] = torch.nan
+        elif kind == "integers":
+            tensors["0.param"] = tensors["0.param"].int()
         elif kind == "extra":
             tensors["999.param"] = torch.zeros(3)
+        elif kind == "of a model":
+            tensors = {"llm.norm.weight": torch.zeros(3)}
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "text", "no facts", "facts", "no moment", "shape", "extra"])
-def test_a_damaged_state_is_refused(whole, stopped, capsys, kind):
-    spoil(stopped / "state.safetensors", kind)
+@pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "no facts",
+                                  *FACTS, "facts of numbers", "step", "no moment", "shape", "moment's shape", "NaN",
+                                  "integers", "extra", "of a model"])
+def test_a_damaged_state_is_refused(tmp_path, kind):
+    def begin():
+        torch.manual_seed(0)
+        trained = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+        optimizer = torch.optim.AdamW(trained)
+        state = Run(train.TrainConfig(out=str(tmp_path)), [])
+        return state, trained, optimizer, state.begin(trained, optimizer, 10)
+
+    state, trained, optimizer, first = begin()
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state.save(3)
+    assert first == 0 and begin()[3] == 3 and torch.equal(begin()[1][0], trained[0])
+    spoil(tmp_path / "state.safetensors", kind)
+    with pytest.raises(CheckpointError, match="state.safetensors: damaged, start anew with --fresh"):
+        begin()
+
+
+def test_a_damaged_state_is_one_line(whole, stopped, capsys):
+    spoil(stopped / "state.safetensors", "cut")
     assert train.main(command(stopped)) == 2
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert "state.safetensors: damaged, start anew with --fresh" in line
@@ -103,7 +180,8 @@ def test_a_damaged_state_is_refused(whole, stopped, capsys, kind):
 
 def test_log_and_facts(whole):
     rows = list(csv.DictReader((whole / "log.csv").read_text().splitlines()))
-    assert [row["step"] for row in rows] == ["0"] and float(rows[0]["loss"]) > 0 and float(rows[0]["max_load"]) >= 1
+    assert [int(row["step"]) for row in rows] == list(range(STEPS))
+    assert all(float(row["loss"]) > 0 and float(row["max_load"]) >= 1 and float(row["tokens_per_s"]) > 0 for row in rows)
     facts = json.loads((whole / "run.json").read_text())
     assert facts["config"]["steps"] == STEPS and facts["versions"]["torch"] == torch.__version__
 
@@ -142,3 +220,57 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(whole, module, capsys, monkeypa
     argv = command(whole.parent / "gpu") if module is train else ["--ckpt", str(whole)]
     assert module.main([*argv, "--device", "auto"]) == 2
     assert "--device auto: torch cannot use a GPU here (" in capsys.readouterr().err
+
+
+# --- parts of a step, processes ---
+
+def test_a_step_in_parts_has_the_same_loss(whole, monkeypatch):
+    outs = whole.parent / "in-parts", whole.parent / "undivided"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "BALANCE_WEIGHT", 0)              # balance is that of a part
+        assert train.main(command(outs[0], "--accumulate", 2, "--checkpointing")) == train.main(command(outs[1])) == 0
+    assert losses(outs[0]) == pytest.approx(losses(outs[1]), abs=1e-4)
+
+
+def test_one_set_of_rates_per_step(whole):
+    out = whole.parent / "one-set"
+    assert train.main(command(out, "--rates-per-step", 1)) == 0
+    assert losses(out)[0] != losses(whole)[0]
+
+
+def test_two_processes_compute_what_one_does(whole):
+    out = whole.parent / "two"
+    program = "import sys, train; from real import run; run.LOG_EVERY = 1; sys.exit(train.main(sys.argv[1:]))"
+    (whole.parent / "program.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nif __name__ == '__main__':\n    {program}")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", whole.parent / "program.py",
+                           *command(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-4)
+    assert done.stdout.count("WER %") == 1
+    rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (whole, out)]
+    assert [row["words"] for row in rows[0]] == [row["words"] for row in rows[1]]
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+
+
+def test_parts_of_a_step(monkeypatch):
+    def clips(*seconds):
+        return [Clip(str(i), "a", frames=np.zeros((25 * s, 1, 1), np.uint8)) for i, s in enumerate(seconds)]
+    config, words = train.TrainConfig(), [[1, 2], [1], [1, 2, 3], [1, 2]]
+    assert run.split_step(clips(3, 9, 1, 5), words, config) == [(1.0, [0, 1, 2, 3])]
+    halves = run.split_step(clips(3, 9, 1, 5), words, replace(config, accumulate=2))
+    assert [rows for _, rows in halves] == [[2, 0], [3, 1]] and sum(share for share, _ in halves) == 1
+    assert halves[0][0] == 7 / 12
+    short = run.split_step(clips(3, 9, 1, 5), words, replace(config, batch_seconds=10))
+    assert sorted(row for _, rows in short for row in rows) == [0, 1, 2, 3]
+    assert all(len(rows) == 1 or len(rows) * max((3, 9, 1, 5)[row] for row in rows) <= 10 for _, rows in short)
+    assert run.split_step(clips(30), [[1]], replace(config, batch_seconds=1)) == [(1.0, [0])]
+    monkeypatch.setattr(run, "place", lambda: (1, 2))
+    assert [rows for _, rows in run.split_step(clips(3, 9, 1, 5), words, config)] == [[1, 3]]
+
+
+def test_experts_without_work_are_named(capsys):
+    looking = Run.__new__(Run)
+    looking.top_k, looking.counts = 2, {0: torch.tensor([5., 5, 0, 5]), 1: torch.tensor([50., 50, 1, 1]), 2: torch.ones(4)}
+    looking.look_at_experts()
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2 and "layer 0: expert 2 got no token" in notes[0] and "layer 1: its router has collapsed" in notes[1]
