@@ -78,7 +78,6 @@ class MoME(nn.Module):
     Up-projections start at zero, so a new MoME adds nothing to its layer (not in the paper). Parameters stay
     fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
     sum_counts = staticmethod(lambda counts: counts)    # real/run.py adds up those of several processes
-
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
@@ -284,7 +283,6 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """A Llama decoder. Its modules have the names of HF's LlamaForCausalLM."""
     Config = LlamaConfig
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -348,7 +346,9 @@ class Llama(nn.Module):
         lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
         x = pad_sequence(rows, batch_first=True)                          # (B, T, D)
         hidden = self.hidden_states(x, valid_mask(lengths, x.shape[1]))
-        at_labels = [h[len(row) - len(y):len(row)] for h, row, y in zip(hidden, rows, labels)]
+        at_labels = []
+        for h, row, y in zip(hidden, rows, labels):
+            at_labels.append(h[len(row) - len(y):len(row)])
         logits = self.logits(torch.cat(at_labels)).float()                # (all labels, V)
         return F.cross_entropy(logits, torch.cat(labels))
 

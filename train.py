@@ -171,8 +171,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         for share, transcripts, encoded in parts:           # one part, but for --accumulate
             for rates in rate_sets:                         # one backward each: memory for one set of rates
                 cross_entropy, balance = model.loss(encoded, transcripts, rates)
-                loss = share * cross_entropy + BALANCE_WEIGHT * balance / len(parts)
-                loss = loss / len(rate_sets)
+                loss = (share * cross_entropy + BALANCE_WEIGHT * balance / len(parts)) / len(rate_sets)
                 loss.backward()
                 total += loss.item()
         total, balance = run.sum_up(total, balance)         # over the processes of torchrun

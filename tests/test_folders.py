@@ -49,9 +49,20 @@ def test_folder_with_splits(tmp_path, capsys):
     write_tone(tmp_path / "train/b.wav", "three")
     write_tone(tmp_path / "train/c.flac", "")
     write_tone(tmp_path / "test/d.wav", "THREE")
-    assert names(folder_clips(tmp_path, max_bad=25)) == {"train": ["a.wav"], "test": ["d.wav"]}
+    assert names(folder_clips(tmp_path, max_bad=25)) == {"train": ["a.wav", "b.wav"], "test": ["d.wav"]}
     notes = capsys.readouterr().err
-    assert "c.flac: no transcript" in notes and "1 training clips" in notes
+    assert "c.flac: no transcript" in notes
+    assert "used, as the folder names its splits: 1 training clips" in notes and "--disjoint leaves them out" in notes
+    assert names(folder_clips(tmp_path, max_bad=25, disjoint=True)) == {"train": ["a.wav"], "test": ["d.wav"]}
+    assert "left out: 1 training clips" in capsys.readouterr().err
+
+
+def test_no_sentence_is_in_both_of_our_own_splits(tmp_path, capsys):
+    for i in range(10):
+        write_tone(tmp_path / f"{i}.wav", "one" if i < 8 else f"two {i}")
+    splits = folder_clips(tmp_path)
+    assert not {clip.text for clip in splits["train"]} & {clip.text for clip in splits["test"]}
+    assert "left out: " in capsys.readouterr().err
 
 
 def test_folder_splits_by_talker_or_stem(tmp_path):

@@ -242,7 +242,8 @@ def test_what_training_writes(trained):
     assert metrics["config"]["rates"] == "2:2,4:8"
     assert len(list((trained / "samples").glob("*.mp4"))) == len(list((trained / "samples").glob("*.txt"))) == 3
     assert sorted(p.name for p in trained.iterdir()) == [
-        "cache", "config.json", "log.csv", "metrics.json", "model.safetensors", "run.json", "samples", "tokenizer.json"]
+        "cache", "config.json", "log.csv", "metrics.json", "model.safetensors", "run.json", "samples",
+        "state.safetensors", "tokenizer.json"]
     assert str(trained) not in (trained / "config.json").read_text()
 
 
