@@ -146,7 +146,7 @@ def decoder_at(rate, task, config):
         return auto_decoder(task, config)
     if rate is None:
         return partial(decode, rates=trained_rates(task, config)[-1])
-    rates, *more = task_rates(task, parse_rates(rate))
+    rates, *more = task_rates(task, parse_rates(str(rate)))
     if more:
         raise ValueError(f"--rate {rate!r}: a clip is read at one rate, like 4 or 4:2, or at auto, or at all")
     return partial(decode, rates=rates)
@@ -200,8 +200,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
             progress.update(round(segments[-1]["end"]) - progress.n)
 
     columns = {key: [segment[key] for segment in segments] for key in segments[0]}
-    whole = {key: columns[key][0] if len(set(columns[key])) == 1 else "auto"
-             for key in ("audio_rate", "video_rate")}
+    used = {key: set(columns[key]) - {None} for key in ("audio_rate", "video_rate")}
+    whole = {key: "auto" if len(rates) > 1 else next(iter(rates), None) for key, rates in used.items()}
     logprob = sum(map(operator.mul, columns["logprob"], n_ids)) / sum(n_ids)
     return {
         "clip": str(path),

@@ -106,11 +106,19 @@ def check_together(folder, config):
         raise CheckpointError(f"{folder}: damaged: config.json has tasks or rates that do not exist")
 
 
-@lru_cache(maxsize=1)
 def load_for_use(ckpt, verify=False, device="auto", **paths):
-    """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer."""
-    paths = {part: path for part, path in paths.items() if path}
-    model, config = load_model(ckpt, paths, verify, choose_device(device))
+    """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer.
+
+    The last one is kept, until its folder is written again."""
+    config = Path(ckpt, "config.json")
+    changed = config.stat().st_mtime_ns if config.is_file() else None
+    return load_once(changed, ckpt, verify, device, tuple((part, path) for part, path in paths.items() if path))
+
+
+@lru_cache(maxsize=1)
+def load_once(changed, ckpt, verify, device, paths):
+    """For load_for_use. Another `changed` is another model."""
+    model, config = load_model(ckpt, dict(paths), verify, choose_device(device))
     return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
 
 

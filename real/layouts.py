@@ -24,8 +24,8 @@ from data import MAX_SECONDS
 from real.files import shown
 from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
-SYNONYMS = {"train": "train training trainval pretrain", "valid": "valid validation val dev development",
-            "test": "test testing eval"}
+SYNONYMS = {"train": "train training trainval pretrain trainset", "test": "test testing testset eval",
+            "valid": "valid validation val dev development devset"}
 SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
 KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?")     # folders named for what is in them
 TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
@@ -79,8 +79,8 @@ def read_text(path):
 
 
 def named_split(name):
-    """The split that a file or folder name begins with, like train-clean-100; else None."""
-    return SPLITS.get(re.split(r"[-_. ]", name.lower())[0])
+    """The split that a file or folder name begins with, like train-clean-100 or train1; else None."""
+    return SPLITS.get(re.match("[a-z]*", name.lower())[0])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -164,8 +164,9 @@ def sphinx(folder, files):
                 texts[found[2]] = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
-            split = named_split(path.stem.rpartition("_")[2])
-            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=texts.get(stem.name)))
+            split = named_split(re.split("[-_.]", path.stem)[-1])
+            text = texts.get(name, texts.get(stem.name))
+            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=text))
     return listed
 
 

@@ -4,6 +4,7 @@
 """
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,31 +26,35 @@ def main():
     parser.add_argument("--kills", type=int, default=20, help="how many times the run is killed (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
+    rng, n_kills, others = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         since = time.monotonic()
         assert start(whole).wait() == 0
-        seconds, n_kills, done = time.monotonic() - since, 0, False
-        print(f"uninterrupted: {seconds:.0f} s")
-        while not done:
-            process = start(killed)
-            try:
-                moment = rng.uniform(0.05, 1) * seconds if n_kills < args.kills else None
-                _, errors = process.communicate(timeout=moment)
-                assert process.returncode == 0, errors.decode()[-2000:]
-                done = True
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                n_kills += 1
-                parts = ", ".join(sorted(path.name for path in killed.glob("*.safetensors"))) or "no state"
-                print(f"kill {n_kills} after {moment:.1f} s: {parts}")
-        same = (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
-        print(f"{n_kills} kills; the model is {'the same' if same else 'ANOTHER'}")
-        left = [path.name for path in killed.rglob(".*") if path.is_file()]
-        print(f"temporary files left: {left or 'none'}")
-        return int(not same)
+        seconds = time.monotonic() - since
+        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        while n_kills < args.kills:               # a round: from an empty folder to the end, with a kill at every start
+            shutil.rmtree(killed, ignore_errors=True)
+            done = False
+            while not done:
+                process = start(killed)
+                try:
+                    moment = rng.uniform(0.05, 1) * seconds if n_kills < args.kills else None
+                    _, errors = process.communicate(timeout=moment)
+                    assert process.returncode == 0, errors.decode()[-2000:]
+                    done = True
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+                    n_kills += 1
+                    parts = ", ".join(sorted(path.name for path in killed.glob("*.safetensors"))) or "no state"
+                    print(f"kill {n_kills} after {moment:.1f} s: {parts}", flush=True)
+            same = (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+            others += not same
+            left = [path.name for path in killed.rglob(".*") if path.is_file()]
+            print(f"the model is {'the same' if same else 'ANOTHER'}; temporary files left: {left or 'none'}", flush=True)
+    print(f"{n_kills} kills; {others} models differ")
+    return int(others > 0)
 
 
 if __name__ == "__main__":

@@ -399,3 +399,22 @@ def test_scripts_without_spaces_are_measured_by_letters():
     assert rates["wer"] == 1 and 0 < rates["cer"] < 0.3
     row = {"task": "asr", "audio_rate": 2, "video_rate": None, "snr_db": None, "tokens": 9., **rates}
     assert table([row]).startswith("CER %")
+
+
+# --- the command line ---
+
+def test_subtitles_are_of_one_rate(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["a.mp4", "--rate", "all", "--srt", "a.srt"])
+    assert "--srt is for one rate" in capsys.readouterr().err
+
+
+def test_a_model_that_was_written_again_is_read_again(tmp_path, voice):
+    from real.checkpoint import load_for_use
+    saved(tmp_path / "out")
+    first, _, _ = load_for_use(tmp_path / "out")
+    assert load_for_use(tmp_path / "out")[0] is first
+    os.utime(tmp_path / "out" / "config.json", (1, 1))
+    assert load_for_use(tmp_path / "out")[0] is not first
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    assert sample.transcribe(tmp_path / "a.wav", tmp_path / "out", rate=2)["audio_rate"] == 2

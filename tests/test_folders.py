@@ -9,7 +9,7 @@ from conftest import ffmpeg
 from data import ClipError
 from real import clips, media
 from real.folders import entries, folder_clips, read_entry
-from real.layouts import Entry, transcript
+from real.layouts import Entry, named_split, transcript
 
 
 def test_transcripts(tmp_path):
@@ -360,3 +360,18 @@ def test_clips_in_no_split_are_said(tmp_path, capsys):
     for name in ("train/a", "test/b", "extra/c"):
         write_tone(tmp_path / f"{name}.wav", f"says {name}")
     assert len(entries(tmp_path)[1]) == 2 and "1 clips are in no split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, split", [("train1", "train"), ("testset", "test"), ("dev-other", "valid"), ("Test_2", "test"),
+                                         ("s1", None), ("trains", None), ("testament", None), ("2", None)])
+def test_names_of_splits(name, split):
+    assert named_split(name) == split
+
+
+def test_sphinx_lists_with_folders_in_their_ids(tmp_path):
+    for name, part in (("fash/one", "train"), ("fcaw/one", "test")):
+        write_tone(tmp_path / f"wav/{name}.wav", "")
+        (tmp_path / "etc").mkdir(exist_ok=True)
+        (tmp_path / f"etc/my-{part}.fileids").write_text(f"{name}\n")
+        (tmp_path / f"etc/my-{part}.transcription").write_text(f"<s> says {name[:4]} </s> ({name})\n")
+    assert [(entry.split, entry.text.strip()) for entry in entries(tmp_path)[1]] == [("test", "says fcaw"), ("train", "says fash")]

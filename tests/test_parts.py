@@ -90,7 +90,7 @@ def generate(model, encoded, rates, max_tokens=None):
 
 
 def run(capsys, *argv):
-    checkpoint.load_for_use.cache_clear()
+    checkpoint.load_once.cache_clear()
     code = sample.main([str(a) for a in argv])
     told = capsys.readouterr()
     assert "Traceback" not in told.err

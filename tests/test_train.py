@@ -373,7 +373,7 @@ def test_sample_rate_auto_and_all(trained, capsys):
     del config["auto"]
     with pytest.raises(ValueError, match="no threshold for avsr; train it with --valid-every"):
         sample.transcribe(clip, str(trained), rate="auto")
-    checkpoint.load_for_use.cache_clear()
+    checkpoint.load_once.cache_clear()
 
 
 def test_decode_goes_on_only_with_the_clips_in_doubt(tiny, talker_clips):
