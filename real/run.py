@@ -95,8 +95,8 @@ def together(operation, *arguments):
     """One operation of torch.distributed, which all processes do. Raises TrainingError if one of them has ended."""
     try:
         operation(*arguments)
-    except RuntimeError as error:
-        raise TrainingError(f"another process of this run has ended ({str(error).splitlines()[0]})") from None
+    except RuntimeError:
+        raise TrainingError("another process of this run has ended; what it wrote says why") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -176,6 +177,20 @@ def test_a_damaged_state_is_one_line(whole, stopped, capsys):
     assert train.main(command(stopped)) == 2
     line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert "state.safetensors: damaged, start anew with --fresh" in line
+
+
+def test_a_full_disk_leaves_the_old_state(stopped, capsys):
+    before = (stopped / "state.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))      # no file may be larger, as on a full disk
+    try:
+        assert train.main(command(stopped)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert "state.safetensors" in line and "File too large" in line
+    assert (stopped / "state.safetensors").read_bytes() == before
+    assert [path for path in stopped.iterdir() if path.name.startswith(".")] == []
 
 
 def test_log_and_facts(whole):
