@@ -40,7 +40,7 @@ def expanded(paths):
 
 def is_first():
     """Whether this process writes files and prints. Under torchrun only the first of its processes does."""
-    return os.environ.get("RANK", "0") == "0"
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
 
 
 def shown(path):

@@ -70,7 +70,11 @@ def processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("gloo" if choose_device(device).type == "cpu" else "nccl", timeout=timedelta(days=1))
+    try:
+        dist.init_process_group("gloo" if choose_device(device).type == "cpu" else "nccl", timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"WORLD_SIZE is set, but the processes cannot meet; use torchrun ({reason})") from None
     with open(os.devnull, "w") as nowhere:
         with redirect_stdout(sys.stdout if is_first() else nowhere):
             with redirect_stderr(sys.stderr if is_first() else nowhere):
@@ -264,6 +268,7 @@ class Run:
                 if facts["finished"] and facts["settings"] != self.settings:
                     return self.begin_log(0)                     # another training may follow one that has ended
                 self.refuse_other(facts["settings"])
+                kept = {name: list(facts["kept"][name]) for name in self.kept}
                 states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors}
                           for i in range(len(trained))]
                 self.refuse_damaged(states, tensors, facts["step"])
@@ -277,7 +282,7 @@ class Run:
                     if state:
                         moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
                         optimizer.state[parameter] = {"step": state["step"], **moments}
-            step, self.kept = facts["step"], facts["kept"]
+            step, self.kept = facts["step"], kept
             note(f"{self.path}: " + ("this training has ended; --fresh trains again" if facts["finished"] else
                                      f"goes on after step {step}"))
         return self.begin_log(step)

@@ -130,9 +130,9 @@ def spoil(path, kind):
             tensors["facts"] = torch.tensor(list(FACTS[kind]), dtype=torch.uint8)
         elif kind == "facts of numbers":
             tensors["facts"] = torch.ones(5)
-        elif kind == "step":
-            facts = json.loads(bytes(tensors["facts"].tolist()))
-            tensors["facts"] = torch.tensor(list(json.dumps(facts | {"step": 10 ** 6}).encode()), dtype=torch.uint8)
+        elif kind in ("step", "kept"):
+            facts = json.loads(bytes(tensors["facts"].tolist())) | {kind: 10 ** 6}
+            tensors["facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
         elif kind == "no moment":
             del tensors["0.exp_avg"]
         elif kind == "shape":
@@ -151,7 +151,7 @@ def spoil(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "no facts",
-                                  *FACTS, "facts of numbers", "step", "no moment", "shape", "moment's shape", "NaN",
+                                  *FACTS, "facts of numbers", "step", "kept", "no moment", "shape", "moment's shape", "NaN",
                                   "integers", "extra", "of a model"])
 def test_a_damaged_state_is_refused(tmp_path, kind):
     def begin():
@@ -265,6 +265,14 @@ def test_two_processes_compute_what_one_does(whole):
     rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (whole, out)]
     assert [row["words"] for row in rows[0]] == [row["words"] for row in rows[1]]
     assert json.loads((out / "run.json").read_text())["processes"] == 2
+
+
+def test_processes_that_cannot_meet_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert train.main(command(tmp_path / "out")) == 2
+    assert "WORLD_SIZE is set, but the processes cannot meet; use torchrun" in capsys.readouterr().err
 
 
 def test_parts_of_a_step(monkeypatch):
