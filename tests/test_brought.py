@@ -16,7 +16,7 @@ import sample
 import train
 from data import ClipError
 from encoders import FPS
-from real import files, media, mouth, setup
+from real import clips, files, media, mouth, setup
 from real.checkpoint import load_model, save_model
 from real.clips import read_clip, read_pieces
 from real.features import content
@@ -187,12 +187,11 @@ def test_a_clip_with_a_changed_byte_is_used_with_a_note(tmp_path, talker_clips, 
         read_clip(tmp_path / "half.mp4")
 
 
-def test_a_long_clip_is_refused_by_its_header(tmp_path):
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=1280x720:rate=25:duration=120", "-preset", "ultrafast", tmp_path / "long.mp4")
-    since = time.process_time()
+def test_a_long_clip_is_refused_by_its_header(tmp_path, monkeypatch):
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=25:duration=40", "-preset", "ultrafast", tmp_path / "long.mp4")
+    monkeypatch.setattr(clips, "read_pieces", lambda *_, **__: pytest.fail("the clip is decoded"))
     with pytest.raises(ClipError, match="longer than 30 s"):
         read_clip(tmp_path / "long.mp4", box="all")
-    assert time.process_time() - since < 1
 
 
 def test_the_box_counts_pixels_as_shown(tmp_path):
