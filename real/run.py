@@ -255,11 +255,9 @@ class Run:
     def begin(self, trained, optimizer, steps):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
 
-        steps: how many there are.
-
-        Raises CheckpointError if the state is damaged or of a run with other settings."""
+        `steps` is the number of all steps. Raises CheckpointError if the state is damaged or of a run with other settings."""
         self.trained, self.optimizer, self.steps, step = trained, optimizer, steps, 0
-        with first_alone():
+        with first_alone():                                      # it also does what --fresh asks
             found = self.path.read_bytes() if self.path.is_file() else None
         if found is not None:
             try:
@@ -355,8 +353,8 @@ class Run:
         elif is_first():
             (self.out / "curve.json").unlink(missing_ok=True)            # of an earlier model
         self.save(self.step, finished=True)
-        with first_alone():
-            pass                                   # what follows reads these files
+        if dist.is_initialized():
+            together(dist.barrier)                 # the other processes read these files next
 
     # --- the log
 
