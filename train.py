@@ -25,23 +25,21 @@ from tqdm import tqdm
 from data import TASKS, ClipError, drawn_clips, load_tokenizer, padded, parse_rates, rows_of
 from data import task_rates, task_streams, to_device, to_inputs
 from extras.auto import auto_plan, calibrate
-from extras.baselines import add_adapter
+from extras.baselines import METHODS, adapter_facts, add_adapter, count_parameters
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
 from real.files import ERRORS, run_script, write_json
 from real.options import flag, parse_options, parse_snrs
-from real.report import Stopwatch, count_parameters, table
+from real.report import Stopwatch, parameter_line, table
 from real.run import Run, choose_device, first_alone, own_folder, prefetched, prepare_layers, processes
 from real.run import split_step, threads
 from real.setup import check_config, load_for_test, set_up, write_samples
 from sample import evaluate, fixed_plan
 
-BALANCE_WEIGHT = 0.01                               # of the balancing loss
 TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
-METHODS = {"mome": 4.5e-3, "lora": 4.5e-3, "projectors": 2e-3}  # peak learning rate of each, docs/results.md
 PRESETS = {"": {}, "paper": dict(
     rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12,
-    lr=1e-3, weight_decay=0.1, epochs=10, beam=15)}
+    rank=48, lr=1e-3, weight_decay=0.1, epochs=10, beam=15)}
 
 
 # --- configuration: one dataclass owns every default, and the flags are made from it ----------------------
@@ -51,7 +49,7 @@ class TrainConfig:
                                "'4:2,16:5' audio:video pairs; '4,16x2,5' every pair")
     out: str = flag("out", "folder for the model, its metrics and samples")
     tasks: str = flag("avsr,asr,vsr", "what to train and test: audio-visual, audio-only, video-only")
-    method: str = flag("mome", "trained beside the projectors: MoME, LoRA or nothing", choices=tuple(METHODS))
+    method: str = flag("mome", "what is trained in the LLM, see extras/baselines.py", choices=tuple(METHODS))
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
     max_bad: str = flag("1%", "share of these clips that may be unusable")
     disjoint: bool = flag(False, "leave out training clips that say a sentence of its test split")
@@ -75,6 +73,9 @@ class TrainConfig:
     n_shared: int = flag(1, "experts that every token passes through", least=0)
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
+    balance: float = flag(0.01, "weight of the balancing loss", least=0)
+    rank: int = flag(0, "of LoRA; 0: as many parameters as MoME has active", least=0)
+    projector_per_rate: bool = flag(False, "a projector for each rate of a stream")
     batch_size: int = flag(4, "clips in a step of stage 3, of all processes of torchrun together", least=1)
     batch_seconds: float = flag(120., "seconds of clips that a process computes at a time", least=1)
     accumulate: int = flag(1, "parts in which a process computes its clips of a step; saves memory", least=1)
@@ -103,8 +104,8 @@ class TrainConfig:
     @property
     def experts(self):
         """The fields of LlamaConfig that describe MoME."""
-        experts = {name: getattr(self, name) for name in EXPERTS}
-        return experts if self.method == "mome" else experts | {"n_routed": 0, "n_shared": 0}
+        none = {} if self.method.startswith("mome") else {"n_routed": 0, "n_shared": 0}
+        return {name: getattr(self, name) for name in EXPERTS} | none
 
     @property
     def real_paths(self):
@@ -171,7 +172,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         for share, transcripts, encoded in parts:           # one part, but for --accumulate
             for rates in rate_sets:                         # one backward each: memory for one set of rates
                 cross_entropy, balance = model.loss(encoded, transcripts, rates)
-                loss = (share * cross_entropy + BALANCE_WEIGHT * balance / len(parts)) / len(rate_sets)
+                loss = (share * cross_entropy + config.balance * balance / len(parts)) / len(rate_sets)
                 loss.backward()
                 total += loss.item()
         total, balance = run.sum_up(total, balance)         # over the processes of torchrun
@@ -197,9 +198,9 @@ def train(config, tasks, pairs, device, watch):
         model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     longest = max(clip.duration for clip in clips["train"])
     torch.manual_seed(config.seed)
-    saved = {"rates": pairs, "tasks": tasks, "method": config.method, "longest": longest}
-    saved |= add_adapter(model.llm, config)
-    print(count_parameters(model, config.method))
+    saved = adapter_facts(model.llm.config, config, tasks, pairs) | {"longest": longest}
+    add_adapter(model, saved)
+    print(parameter_line(count_parameters(model), config.method))
     run = Run(config, clips["train"])
     prepare_layers(model.llm.layers, config)
 
@@ -247,9 +248,8 @@ def run(config):
     write_json(out / "metrics.json", {
         "rows": [row for row in rows if row["audio_rate"] != "auto"],
         "auto": [row for row in rows if row["audio_rate"] == "auto"],
-        "seconds": watch, "config": asdict(config)})
-    print(table(rows))
-    print(watch)
+        "seconds": watch, "config": asdict(config), "parameters": count_parameters(model)})
+    print(table(rows), watch, sep="\n")
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import TASKS, parse_rates, task_rates, task_streams
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, AudioConfig, VideoConfig
-from extras.baselines import add_lora, lora_rank
+from extras.baselines import RATES, adapter_facts, add_adapter, count_parameters
 from mome import AVSR, AVSRConfig, LlamaConfig, MoME
 from real import weights
 from sample import KVCache
@@ -47,20 +47,6 @@ def sizes(config):
     for stream in {"audio", "video"} - task_streams(config.tasks.split(",")):
         parts[stream] = None
     return AVSRConfig(**parts, projector_dim=config.projector_dim or max(256, parts["llm"].dim))
-
-
-def parameters(model):
-    """{owner: number of parameters}. "adapter" is MoME or LoRA. "active" counts its parameters that one token meets."""
-    owners = {"encoders": "encoders", "llm": "LLM"}
-    counts = {"encoders": 0, "LLM": 0, "adapter": 0, "projectors and markers": 0}
-    for name, p in model.named_parameters():
-        owner = owners.get(name.split(".")[0], "projectors and markers")
-        counts["adapter" if owner == "LLM" and p.requires_grad else owner] += p.numel()
-    counts["active"] = counts["adapter"]
-    for mome in (module for module in model.modules() if isinstance(module, MoME)):
-        one_expert = sum(p[0].numel() for p in (mome.down, mome.down_bias, mome.up, mome.up_bias))
-        counts["active"] -= (len(mome.down) - mome.n_active) * one_expert
-    return counts
 
 
 def encoder_inputs(model, seconds):
@@ -136,19 +122,20 @@ def report(config):
     """Print what the model of a TrainConfig would cost -> ({owner: parameters}, the rows of the table)."""
     with torch.device("meta"):
         model = AVSR(sizes(config))
-    if config.method == "lora":
-        add_lora(model.llm, lora_rank(model.llm.config, config))
+        tasks, pairs = config.tasks.split(","), parse_rates(config.rates)
+        add_adapter(model, adapter_facts(model.llm.config, config, tasks, pairs))
     for mome in (module for module in model.modules() if isinstance(module, MoME)):
         mome.path = "wide"  # torch does not count the products of the other paths
     model.encoders.bfloat16()
     for p in model.llm.parameters():
         if not p.requires_grad:
             p.data = p.data.bfloat16()
-    counts = parameters(model)
-    print_parameters(counts, "LoRA" if config.method == "lora" else "MoME")
+    counts = count_parameters(model)
+    print_parameters(counts, "LoRA" if config.method.startswith("lora") else "MoME")
     n_prompt = 7 if config.llm or config.preset else 1
-    task = next(task for task in TASKS if task in config.tasks.split(","))
-    rate_sets = task_rates(task, [(1, 1)]) + task_rates(task, parse_rates(config.rates))
+    task = next(task for task in TASKS if task in tasks)
+    rate_sets = task_rates(task, [(1, 1)]) + task_rates(task, pairs)
+    RATES.set(rate_sets[-1])    # of a module with a copy for each set of rates: all copies cost the same
     rows = []
     for seconds, shown in ((10, rate_sets), (23, [rate_sets[0], rate_sets[-1]])):  # the paper's clip has 23 s
         part = [{"seconds": seconds, "rates": rates, **costs(model, seconds, rates, config.beam, n_prompt)}

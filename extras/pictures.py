@@ -3,6 +3,8 @@
     python -m extras.pictures clip out --save docs/clip.png                                a clip as the model sees it
     python -m extras.pictures tokens out out-lora out-projectors --save docs/tokens.png    WER over the tokens read
     python -m extras.pictures routing out --save docs/routing.png                          experts by layer and rate
+    python -m extras.pictures agreement out --save docs/agreement.png                      see extras/routing.py
+    python -m extras.pictures similarity out --save docs/similarity.png                    see extras/routing.py
 """
 import argparse
 import sys
@@ -10,11 +12,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from data import TASKS, TOKENS_PER_SECOND, batch, task_rates, to_device
-from encoders import valid_mask
+from extras.routing import agreement_picture, agreements, prefix_choices, similarity_picture
 from real.checkpoint import load_for_use, reading
 from real.clips import choose_task, read_clip
 from real.files import read_json, run_script, write_whole
@@ -23,6 +23,8 @@ from toy.talker import talker_clip
 
 STYLES = {"mome": ("MoME", "tab:blue"), "lora": ("LoRA", "tab:orange"), "projectors": ("projectors only", "tab:green"),
           "audio": ("sound", "#4878a8"), "video": ("lips", "#c8745a")}
+NAMES = {stream: STYLES[stream][0] for stream in TOKENS_PER_SECOND}
+N_VALID = 32    # validation clips whose routing is looked at
 FLOOR = 0.1     # % WER: a logarithmic axis has no 0
 
 
@@ -115,27 +117,33 @@ def tokens_picture(figure, *folders):
     panels[0].legend()
 
 
-@torch.no_grad()
-def routing(folder):
-    """Share of the prefix tokens' choices that went to each routed expert -> {rates as text: (layers, N_r)}.
-
-    The clips are the checkpoint's samples. A model of the synthetic talker also reads 32 of its validation clips."""
+def encode_clips(folder):
+    """A checkpoint and its samples -> model, encoded clips, sets of rates. Of a model of the synthetic talker also N_VALID
+    of its validation clips."""
     model, config, clips, task = read(folder)
-    if not model.config.llm.n_routed:
-        raise ValueError(f"{folder}: this model has no routed experts")
     if not config["parts"] and all("_talker" in clip.name for clip in clips):
-        clips += [talker_clip(("valid", i, 0, clips[0].frames.shape[-1], False)) for i in range(32)]
-    encoded, found = model.encode(to_device(batch(clips, TASKS[task]), model.device)), {}
-    for rates in task_rates(task, config["rates"]):
-        prefixes = model.prefix(encoded, rates)
-        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-        model.llm.hidden_states(pad_sequence(prefixes, batch_first=True), valid_mask(lengths, int(lengths.max())))
-        layers = []
-        for _, chosen, valid in (layer.mome.routed for layer in model.llm.layers):    # (N, N_r), (N, K), (B, T)
-            counts = chosen[valid.flatten()].flatten().bincount(minlength=model.config.llm.n_routed)
-            layers.append((counts / counts.sum()).tolist())
-        found[":".join(map(str, rates.values()))] = np.array(layers)
+        clips += [talker_clip(("valid", i, 0, clips[0].frames.shape[-1], False)) for i in range(N_VALID)]
+    return model, model.encode(to_device(batch(clips, TASKS[task]), model.device)), task_rates(task, config["rates"])
+
+
+def routing(folder):
+    """Share of the pooled tokens' choices that went to each routed expert -> {rates as text: (layers, N_r)}."""
+    model, encoded, rate_sets = encode_clips(folder)
+    n_routed, found = model.config.llm.n_routed, {}
+    for rates in rate_sets:
+        clips = [clip for of_stream in prefix_choices(model, encoded, rates).values() for clip in of_stream]
+        counts = np.array([np.bincount(layer.flatten(), minlength=n_routed) for layer in np.concatenate(clips, axis=1)])
+        found[":".join(map(str, rates.values()))] = counts / counts.sum(1, keepdims=True)
     return found
+
+
+def draw_agreement(figure, folder):
+    model, encoded, rate_sets = encode_clips(folder)
+    agreement_picture(figure, agreements(model, encoded, rate_sets), NAMES)
+
+
+def draw_similarity(figure, folder):
+    similarity_picture(figure, *encode_clips(folder), NAMES)
 
 
 def routing_picture(figure, folder):
@@ -161,7 +169,8 @@ def routing_picture(figure, folder):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    draw = {"clip": clip_picture, "tokens": tokens_picture, "routing": routing_picture}
+    draw = {"clip": clip_picture, "tokens": tokens_picture, "routing": routing_picture, "agreement": draw_agreement,
+            "similarity": draw_similarity}
     parser.add_argument("picture", choices=draw)
     parser.add_argument("folders", nargs="+", metavar="OUT", help="folder of train.py; several for tokens")
     parser.add_argument("--save", required=True, type=Path, metavar="PNG", help="the picture to write")

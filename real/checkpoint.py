@@ -22,7 +22,7 @@ from real.files import CheckpointError, WeightsError, to_json, write_together
 from real.run import choose_device
 from real.weights import fingerprint, refuse_pointer
 
-FORMAT = 3  # raise it when old checkpoints can no longer be loaded
+FORMAT = 4  # raise it when old checkpoints can no longer be loaded
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")    # the fields of LlamaConfig that describe MoME
 MOST = {"n_layers": 1000, "dim": 100_000, "n_heads": 10_000, "vocab_size": 10_000_000, "ffn_dim": 1_000_000,
         "n_routed": 10_000, "n_shared": 10_000, "bottleneck": 100_000, "max_tokens": 1_000_000}     # of any model
@@ -53,7 +53,7 @@ def stored(name, parts):
     """Whether a checkpoint with these real parts stores the tensor of this name: what was trained, and stand-ins."""
     owner, inner = name.split(".")[:2]
     part = inner if owner == "encoders" else owner
-    return part not in parts or ".mome." in name or name.endswith((".lora_a", ".lora_b"))
+    return part not in parts or ".mome." in name or ".lora." in name
 
 
 def save_model(model, folder, parts, words=None, **more):
@@ -138,9 +138,9 @@ def read_model(folder, config, paths, verify, device):
             path = config["paths"][part]
             raise CheckpointError(f"{path}: its config.json is not the one that {folder} was trained with")
     model = AVSR(AVSRConfig(**as_tuples(saved) | sizes), **real)
-    if config.get("method") == "lora":
-        from extras.baselines import add_lora
-        add_lora(model.llm, rank=config["lora_rank"])
+    if "method" in config:
+        from extras.baselines import add_adapter
+        add_adapter(model, config)
     missing, unexpected = model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
     wrong = unexpected + [name for name in missing if stored(name, real)]
     if wrong:

@@ -1,11 +1,9 @@
 """What train.py prints: the number of parameters, and the table of WERs."""
 import time
-from collections import Counter
 
 import jiwer
 import regex
 
-from mome import MoME
 from real.files import note
 
 
@@ -25,19 +23,12 @@ class Stopwatch(dict):
         return f"{stages}; in all {sum(self.values()):.0f} s"
 
 
-def count_parameters(model, method):
-    """One line: how many parameters are frozen, trained, and active for one token."""
-    sizes = Counter()
-    for name, parameter in model.named_parameters():
-        adapter = parameter.requires_grad and name.startswith("llm.")
-        sizes["adapter" if adapter else name.split(".")[0]] += parameter.numel()
-    active = sizes["adapter"]
-    for mome in (module for module in model.modules() if isinstance(module, MoME)):
-        one_expert = sum(weight[0].numel() for weight in (mome.down, mome.down_bias, mome.up, mome.up_bias))
-        active -= (len(mome.down) - mome.n_active) * one_expert
-    return (f"frozen: encoders {sizes['encoders']:,}, LLM {sizes['llm']:,} parameters; "
-            f"trained: {'LoRA' if method == 'lora' else 'MoME'} {sizes['adapter']:,} ({active:,} active for "
-            f"one token), projectors and markers {sizes['projectors'] + sizes['markers']:,}")
+def parameter_line(counts, method):
+    """One line: how many parameters are frozen, trained, and active for one token (baselines.count_parameters)."""
+    adapter = "LoRA" if method.startswith("lora") else "MoME"
+    return (f"frozen: encoders {counts['encoders']:,}, LLM {counts['LLM']:,} parameters; trained: {adapter} "
+            f"{counts['adapter']:,} ({counts['active']:,} active for one token), projectors and markers "
+            f"{counts['projectors and markers']:,}")
 
 
 def error_rates(references, hypotheses):

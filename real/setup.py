@@ -47,6 +47,8 @@ def check_config(config):
         raise ValueError(f"--tasks {config.tasks} do not use both encoders: leave out the one that is not used")
     if config.pad_audio and not config.audio_encoder and not config.preset:
         raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
+    if config.checkpointing and config.method in ("mome-routers", "lora-ms", "lora-mss"):
+        raise ValueError(f"--checkpointing: not with --method {config.method}, whose layers have a copy for each set of rates")
     if config.preset and not config.dry_run and len(config.real_paths) < 3:
         raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
 

@@ -90,7 +90,7 @@ def test_a_silent_stream_is_said(tmp_path, talker_clips, capsys):
 def test_a_task_that_the_model_never_learned_is_said(tmp_path, voice, capsys):
     words = ["bin", "blue"]
     model = tiny_avsr(vocab=make_tokenizer(words).n_vocab)
-    save_model(model, tmp_path, {}, words, rates=[[2, 2]], tasks=["avsr"], method="mome", longest=4)
+    save_model(model, tmp_path, {}, words, rates=[[2, 2]], tasks=["avsr"], longest=4)
     soundfile.write(tmp_path / "a.wav", voice, 16000)
     assert sample.main([str(tmp_path / "a.wav"), "--ckpt", str(tmp_path)]) == 0
     assert "task asr, for which this model was not trained" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_features_are_known_by_content(talker_clips):
 def saved(folder, seed=0, words=("bin", "blue")):
     folder.mkdir(exist_ok=True)
     model = tiny_avsr(seed, vocab=make_tokenizer(words).n_vocab)
-    save_model(model, folder, {}, list(words), rates=[[2, 2]], tasks=["avsr"], method="mome", longest=4)
+    save_model(model, folder, {}, list(words), rates=[[2, 2]], tasks=["avsr"], longest=4)
     return folder
 
 

@@ -19,7 +19,7 @@ import sample
 import train
 from encoders import AudioConfig, AudioEncoder, log_mel
 from extras import cost
-from extras.baselines import add_lora
+from extras.baselines import add_adapter, count_parameters
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
 from real import checkpoint, features
 from real.checkpoint import identify, load_model, save_model
@@ -175,11 +175,12 @@ def test_lora_is_stored_beside_a_real_llm(parts, tmp_path):
     """A checkpoint of the method lora holds the adapters and projectors, and nothing of the real LLM."""
     llm = Llama.from_pretrained(parts / "llm")
     model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm).eval()
-    add_lora(model.llm, rank=3)
-    adapters = {name: p for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))}
+    facts = {"method": "lora", "rank": 3, "tasks": ["asr"], "rates": [[2, 2]], "projector_per_rate": False}
+    add_adapter(model, facts)
+    adapters = {name: p for name, p in model.named_parameters() if ".lora." in name}
     for p in adapters.values():
         p.normal_(std=0.3)
-    save_model(model, tmp_path, identify({"llm": parts / "llm"}), method="lora", lora_rank=3)
+    save_model(model, tmp_path, identify({"llm": parts / "llm"}), **facts)
     names = set(load_file(tmp_path / "model.safetensors"))
     assert adapters and {name for name in names if name.startswith("llm.")} == set(adapters)
     loaded, config = load_model(tmp_path)
@@ -366,7 +367,7 @@ def test_the_papers_count_of_active_parameters():
     assert (config.rates, config.n_routed, config.top_k, config.n_shared, config.bottleneck, config.lr,
             config.weight_decay, config.epochs, config.beam) == ("4,16x2,5", 23, 4, 1, 12, 1e-3, 0.1, 10, 15)
     with torch.device("meta"):
-        count = cost.parameters(AVSR(cost.sizes(config)))
+        count = count_parameters(AVSR(cost.sizes(config)))
     assert count["active"] == 28 * (5 * (2 * 12 * 3072 + 12 + 3072) + 23 * 3072)
     assert round(count["active"] / 1e6, 1) == 12.7
     assert round(count["LLM"] / 1e9, 2) == 3.21 and round(count["encoders"] / 1e6) in range(620, 640)

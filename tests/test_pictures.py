@@ -1,21 +1,46 @@
 """python -m pytest tests/test_pictures.py: the pictures of a run are drawn, and wrong use is refused in one line."""
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
+import torch
 
-from extras import pictures
+from extras import pictures, routing
 
 
-def test_the_three_pictures(trained, tmp_path, capsys):
+def test_the_pictures(trained, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    for picture in ("clip", "tokens", "routing"):
+    for picture in ("clip", "tokens", "routing", "agreement", "similarity"):
         assert pictures.main([picture, str(trained), "--save", str(tmp_path / "docs" / "new.png")]) == 0
         path = tmp_path / "docs" / "new.png"
         assert path.read_bytes().startswith(b"\x89PNG")
         path.unlink()
-    assert capsys.readouterr().out.count("mean correlation") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("mean correlation") == 2
+    assert re.findall(r"rates (\d) and (\d): the same moment [\d.]+ \(", printed) == [("2", "4"), ("2", "8")]
+
+
+def test_agreement_is_that_of_tokens_of_one_moment():
+    """Where coarse tokens are sent as their fine ones are, all agree; another moment and another layer do not."""
+    fine = np.array([[[0, 1]] * 2 + [[2, 3]] * 2, [[4, 5]] * 2 + [[6, 7]] * 2])          # (2 layers, 4 tokens, K = 2)
+    same, moment, layer = routing.agreement(fine[:, ::2], fine, 2)
+    assert same.tolist() == [1, 1] and moment.tolist() == [0, 0] and layer.tolist() == [0, 0]
+    shifted = routing.agreement(fine[:, ::2] + 1, fine, 2)
+    assert shifted[0].tolist() == [0.5, 0.5]
+    mean, low, high = routing.interval(np.array([0.2, 0.4, 0.6, 0.8]))
+    assert mean == pytest.approx(0.5) and 0.2 <= low < 0.45 and 0.55 < high <= 0.8
+
+
+def test_the_hook_sees_what_a_router_chose_and_goes(tiny):
+    encoded = {"audio": (torch.randn(2, 9, 16), torch.tensor([9, 6])), "video": (torch.randn(2, 5, 16), torch.tensor([5, 3]))}
+    found = routing.prefix_choices(tiny, encoded, {"audio": 4, "video": 2})
+    assert {stream: [x.shape for x in clips] for stream, clips in found.items()} == {
+        "audio": [(2, 3, 2), (2, 2, 2)], "video": [(2, 3, 2), (2, 2, 2)]}
+    alone = routing.prefix_choices(tiny, {stream: (x[1:], lengths[1:]) for stream, (x, lengths) in encoded.items()}, {"audio": 4, "video": 2})
+    assert all((found[stream][1] == alone[stream][0]).all() for stream in found)
+    assert not any(layer.mome._forward_hooks for layer in tiny.llm.layers)
 
 
 def test_the_shares_of_each_layer_sum_to_1(trained):

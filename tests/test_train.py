@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import jiwer
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 import data
 import sample
 import train
-from extras import auto, baselines
-from mome import AVSRConfig, Llama, LlamaConfig
+from data import ClipError, parse_rates
+from extras import auto, baselines, cost
+from mome import AVSR, AVSRConfig, Llama, LlamaConfig
 from real import clips as data_command
 from real import checkpoint, media
 from real.clips import read_clip
@@ -171,17 +173,19 @@ def test_frozen_parts_are_found_after_a_comment_in_mome_changes(trained, tmp_pat
     assert done.returncode == 0 and done.stdout.count("found in") == 3, done.stderr
 
 
-@pytest.mark.parametrize("method", ["lora", "projectors"])
+ADAPTERS = {"projectors": ("MoME 0 (0 active", 0), "lora": ("LoRA 28,672 (28,672 active", 4 * 4 * 2),
+            "lora-mss": ("LoRA 200,704 (57,344 active", 7 * 4 * 4 * 2),
+            "mome-routers": ("MoME 103,200 (30,304 active", 4 * (4 + 6))}     # 2 sets of rates for each of 3 tasks
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_other_methods_train_test_and_are_read_again(method, trained, tmp_path, capsys):
     argv = [*TRAINED, "--out", str(tmp_path / "out"), "--cache", str(trained / "cache"), "--method", method]
     assert train.main(argv) == 0
     printed = capsys.readouterr().out
-    names = [name for name in load_file(tmp_path / "out/model.safetensors") if ".mome." in name or ".lora_" in name]
-    if method == "lora":
-        assert len(names) == 4 * 4 * 2 and all(".lora_" in name for name in names)
-        assert "LoRA 28,672 (28,672 active for one token)" in printed
-    else:
-        assert not names and "MoME 0 (0 active for one token)" in printed
+    names = [name for name in load_file(tmp_path / "out/model.safetensors") if ".mome." in name or ".lora." in name]
+    said, n_tensors = ADAPTERS[method]
+    assert f"trained: {said} for one token)" in printed and len(names) == n_tensors
     rows = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
     assert train.main([*argv[:-2], "--eval-only"]) == 0
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -194,15 +198,58 @@ def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
     baselines.add_lora(tiny.llm, 3)
     torch.testing.assert_close(tiny.llm(tokens), before)
     q = tiny.llm.layers[0].self_attn.q_proj
-    torch.nn.init.normal_(q.lora_b)
+    lora, = q.lora
+    torch.nn.init.normal_(lora.b)
     x = torch.randn(5, 32)
-    torch.testing.assert_close(q(x), x @ (q.weight + q.lora_b @ q.lora_a).T)
+    torch.testing.assert_close(q(x), x @ (q.weight + lora.b @ lora.a).T)
     tiny.llm(tokens).sum().backward()
-    assert q.lora_a.grad is not None and q.weight.grad is None
+    assert lora.a.grad is not None and q.weight.grad is None
     class Paper:
         n_routed, top_k, n_shared, bottleneck = 23, 4, 1, 12
     llama_3b = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, head_dim=128)
     assert baselines.lora_rank(llama_3b, Paper) == 22  # the paper's LoRA of rank 48 has 27.5M, its MoME 12.7M active
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora-ms", "lora-mss", "mome-routers"])
+def test_each_set_of_rates_has_its_own_weights(method, tiny):
+    """A copy serves one set of rates, in each thread its own; rates that were not trained are refused."""
+    facts = {"method": method, "rank": 3, "tasks": ["avsr", "asr"], "rates": [(2, 4), (4, 2)], "projector_per_rate": True}
+    baselines.add_adapter(tiny, facts)
+    copies = [module for module in tiny.modules() if isinstance(module, baselines.PerRate)]
+    in_llm = [copy.copies for copy in copies if len(copy.copies) == 4]
+    assert {tuple(copy) for copy in in_llm} == {("audio2_video4", "audio4_video2", "audio2", "audio4")}
+    assert [list(copy.copies) for copy in copies if len(copy.copies) == 2] == [["audio2", "audio4"], ["video4", "video2"]]
+    encoded = {stream: (torch.randn(1, 12, 16), torch.tensor([12])) for stream in ("audio", "video")}
+
+    def states(rates):
+        prefix, = tiny.prefix({stream: encoded[stream] for stream in rates}, rates)
+        return tiny.llm.hidden_states(prefix[None])
+
+    rate_sets = [{"audio": 2, "video": 4}, {"audio": 4, "video": 2}, {"audio": 4}]
+    before = [states(rates) for rates in rate_sets]
+    for copy in in_llm:
+        for parameter in copy["audio4_video2"].parameters():
+            parameter.normal_()
+    with ThreadPoolExecutor(2) as workers:
+        after = list(workers.map(states, 10 * rate_sets))
+    for i, x in enumerate(after):
+        assert torch.equal(x, before[i % 3]) == (i % 3 != 1)
+    with pytest.raises(ClipError, match="rates audio3: this model has weights of its own for each set of rates, and was trained at"):
+        states({"audio": 3})
+
+
+def test_the_papers_counts_of_its_baselines():
+    """Active parameters with Llama 3.2 3B: 12.7M of MoME, 27.5M of Llama-AVSR and of MTSK's MS and SS, 55.0M of its MSS."""
+    for method, active, total in (("mome", 12.7, 53.6), ("mome-routers", 12.7, 59.5), ("lora", 27.5, 27.5), ("lora-ms", 27.5, 110.1),
+                                  ("lora-mss", 55.1, 137.6)):
+        config = parse_options(train.TrainConfig, ["--preset", "paper", "--dry-run", "--method", method], "", "", train.PRESETS,
+                               train.check_config)
+        with torch.device("meta"):
+            model = AVSR(cost.sizes(config))
+            baselines.add_adapter(model, baselines.adapter_facts(model.llm.config, config, ["avsr"], parse_rates(config.rates)))
+        counts = baselines.count_parameters(model)
+        assert (round(counts["active"] / 1e6, 1), round(counts["adapter"] / 1e6, 1)) == (active, total), method
 
 
 def test_imports_go_one_way():
