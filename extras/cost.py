@@ -69,6 +69,11 @@ def prefix_tokens(inputs, rates, n_prompt):
     return 1 + sum(2 + math.ceil(inputs[stream][1] / rate) for stream, rate in rates.items()) + n_prompt
 
 
+def prompt_tokens(config):
+    """How many tokens the prompt has: about those of real/setup.PROMPT, or the stand-in's one."""
+    return 7 if config.llm or config.preset else 1
+
+
 def flops(work):
     """FLOPs of the call work()."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -118,23 +123,29 @@ def costs(model, seconds, rates, beam, n_prompt):
             "cache_bytes": cache.k.nbytes + cache.v.nbytes, "step_bytes": bytes_for_backward(loss, model)}
 
 
-def report(config):
-    """Print what the model of a TrainConfig would cost -> ({owner: parameters}, the rows of the table)."""
+def model_of(config):
+    """The AVSR of a TrainConfig with its adapter, on the meta device, to be counted."""
     with torch.device("meta"):
         model = AVSR(sizes(config))
-        tasks, pairs = config.tasks.split(","), parse_rates(config.rates)
-        add_adapter(model, adapter_facts(model.llm.config, config, tasks, pairs))
+        facts = adapter_facts(model.llm.config, config, config.tasks.split(","), parse_rates(config.rates))
+        add_adapter(model, facts)
     for mome in (module for module in model.modules() if isinstance(module, MoME)):
         mome.path = "wide"  # torch does not count the products of the other paths
     model.encoders.bfloat16()
     for p in model.llm.parameters():
         if not p.requires_grad:
             p.data = p.data.bfloat16()
+    return model
+
+
+def report(config):
+    """Print what the model of a TrainConfig would cost -> ({owner: parameters}, the rows of the table)."""
+    model = model_of(config)
     counts = count_parameters(model)
     print_parameters(counts, "LoRA" if config.method.startswith("lora") else "MoME")
-    n_prompt = 7 if config.llm or config.preset else 1
-    task = next(task for task in TASKS if task in tasks)
-    rate_sets = task_rates(task, [(1, 1)]) + task_rates(task, pairs)
+    n_prompt = prompt_tokens(config)
+    task = next(task for task in TASKS if task in config.tasks.split(","))
+    rate_sets = task_rates(task, [(1, 1)]) + task_rates(task, parse_rates(config.rates))
     RATES.set(rate_sets[-1])    # of a module with a copy for each set of rates: all copies cost the same
     rows = []
     for seconds, shown in ((10, rate_sets), (23, [rate_sets[0], rate_sets[-1]])):  # the paper's clip has 23 s

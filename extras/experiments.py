@@ -1,0 +1,207 @@
+"""The runs behind the tables of README.md and docs/: named lists of commands of train.py. Results go to extras/results.csv.
+
+    python -m extras.experiments --list               every run: its command, and its time or "not run"
+    python -m extras.experiments main                 do the runs of a list that are not in results.csv yet
+    python -m extras.experiments main --seeds 0       only some seeds
+    python -m extras.plot                             make the tables and pictures from results.csv
+
+A run that was stopped goes on where it was (real/run.py). Stages 1 and 2 and encoded clips are shared in RUNS/cache. Lists
+of real clips need their folders in --shared, and those of a real LLM and Whisper need --llm and --audio-encoder.
+
+A row of results.csv is one WER of one run, on test clips:
+variant: what differs from the defaults. data: the clips. train_rates: --rates. rates: audio:video or those of the one
+stream, or auto. tokens: mean over clips, read by the LLM before the first word. flops: of a clip of 3 s at these rates, encoders
+and LLM (extras/cost.py). seconds: of the whole run. decoding: greedy, or the beam width.
+"""
+import argparse
+import csv
+import io
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import TASKS
+from extras.baselines import METHODS, RATES
+from extras.cost import costs, model_of, prompt_tokens
+from real.files import read_json, run_script, write_whole
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "extras/results.csv"
+COLUMNS = ("method,variant,data,train_rates,rates,task,snr_db,seed,wer,words,trained_params,active_params,tokens,flops,"
+           "seconds,decoding").split(",")
+KEY = "method", "variant", "data", "train_rates", "seed", "decoding"     # tell runs apart
+CLIP_SECONDS = 3                                                         # of the clip whose FLOPs are counted
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of train.py. {shared}, {llm}, {whisper} in its flags are what the command line says."""
+    method: str
+    rates: str
+    variant: str = ""
+    flags: str = ""
+    data: str = "synthetic"
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def toy_lists():
+    """The lists with the synthetic talker: three seeds each."""
+    both = "2,4,8", "4,16x2,5"
+    methods = [("mome", "", ""), ("lora", "", ""), ("lora-ms", "", ""), ("lora-mss", "", ""), ("projectors", "", ""),
+               ("lora", "parameters of all experts", "--rank 23")]
+    experts = [("no shared expert", "--n-shared 0"), ("2 shared experts", "--n-shared 2"), ("bottleneck 1", "--bottleneck 1"),
+               ("bottleneck 48", "--bottleneck 48"), ("1 expert of 48", "--n-routed 0 --bottleneck 48"),
+               ("beside feed-forward", "--place ffn"), ("beside the layer", "--place layer")]
+    causes = [("no balancing loss", "--balance 0"), ("lr 3e-3", "--lr 3e-3"), ("lr 6e-3", "--lr 6e-3"),
+              ("16 routed experts", "--n-routed 16"), ("8 clips in a step", "--batch-size 8"), ("3,400 steps", "--steps 3400"),
+              ("one set of rates in a step", "--rates-per-step 1")]
+    pairs = "2:2", "4:4", "8:8", "4:2", "4:5", "16:2", "16:5"
+    return {
+        "main": [Trial(method, both[0], *more) for method, *more in methods],
+        "paper-rates": [Trial(method, both[1], *more) for method, *more in methods],
+        "pairs": [Trial(method, pair) for method in ("lora", "mome") for pair in pairs],
+        "sharing": [Trial("mome-routers", both[0]), Trial("mome", both[0], "projector per rate", "--projector-per-rate")],
+        "experts": [Trial("mome", both[0], *more) for more in experts],
+        "causes": [Trial("mome", both[0], *more) for more in causes] + [Trial("lora", both[0], *more) for more in causes[-3:]]}
+
+
+def real_lists():
+    """The lists with real voices and faces: one seed each."""
+    frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
+    one = dict(seeds=(0,))
+    return {
+        "an4": [Trial(method, "4,8,16", "", f"--data {{shared}}/an4 {frozen}", "an4", **one)
+                for method in ("mome", "lora", "projectors")],
+        "open": [Trial(method, "4,8,16", "", f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500",
+                       "librispeech", **one) for method in ("mome", "projectors")],
+        "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in ("mome", "lora", "projectors")]}
+
+
+LISTS = toy_lists() | real_lists()
+
+
+def name_of(trial, seed):
+    """The name of a run's folder."""
+    words = [trial.data, trial.method, trial.rates.replace(":", "-"), trial.variant, f"seed {seed}"]
+    return "_".join(filter(None, words)).replace(" ", "-").replace(",", ".")
+
+
+def command(trial, seed, places):
+    """The command of a run, as a list."""
+    out = f"{places['runs']}/{name_of(trial, seed)}"
+    flags = shlex.split(trial.flags.format(**places))
+    return ["python", "train.py", "--rates", trial.rates, "--method", trial.method, "--seed", str(seed), *flags,
+            "--cache", f"{places['runs']}/cache", "--out", out]
+
+
+def read_results(path):
+    """results.csv -> its rows, each a dict of strings."""
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8")))) if path.is_file() else []
+
+
+def key_of(trial, seed):
+    """What tells the rows of this run from those of others."""
+    return trial.method, trial.variant, trial.data, trial.rates, str(seed), "greedy"
+
+
+def done(path):
+    """{key of a run: the seconds that it took}."""
+    return {tuple(row[name] for name in KEY): float(row["seconds"]) for row in read_results(path)}
+
+
+def flops_at(config, rates):
+    """FLOPs of a clip of CLIP_SECONDS with the model of a TrainConfig at these rates."""
+    model = model_of(config)
+    RATES.set(rates)
+    cost = costs(model, CLIP_SECONDS, rates, 1, prompt_tokens(config))
+    return cost["encoder_flops"] + cost["llm_flops"]
+
+
+def rows_of_run(trial, seed, metrics):
+    """The rows of results.csv of a finished run, from its metrics.json."""
+    config, rows = TrainConfig(**metrics["config"]), []
+    key = dict(zip(KEY, key_of(trial, seed)))
+    for row in metrics["rows"] + metrics["auto"]:
+        rates = {"audio": row["audio_rate"], "video": row["video_rate"]}
+        rates = {stream: rates[stream] for stream in TASKS[row["task"]]}
+        is_auto = row["audio_rate"] == "auto"
+        rows.append(key | {
+            "rates": "auto" if is_auto else ":".join(map(str, rates.values())), "task": row["task"],
+            "snr_db": "clean" if row["snr_db"] is None else f"{row['snr_db']:g}",
+            "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": metrics["parameters"]["adapter"],
+            "active_params": metrics["parameters"]["active"], "tokens": f"{row['tokens']:.1f}",
+            "flops": "" if is_auto else f"{flops_at(config, rates):.3g}", "seconds": f"{sum(metrics['seconds'].values()):.0f}"})
+    return rows
+
+
+def append(rows, path):
+    """Add rows to results.csv, which is written as a whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(read_results(path) + rows)
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8"))
+
+
+def link_open(shared, folder):
+    """The folder of list `open`: two corpora to train, the other talkers of LibriSpeech to test, as links."""
+    for split, corpus in (("train", "librispeech"), ("train", "speechocean"), ("test", "librispeech")):
+        link = Path(folder, split, corpus)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(Path(shared, corpus, split).resolve())
+
+
+def show(places, results):
+    """Print each run: how many of its seeds are done, the minutes of one, and the command of its first seed."""
+    known = done(results)
+    for name, trials in LISTS.items():
+        print(f"\n{name}")
+        for trial in trials:
+            seconds = [known[key_of(trial, seed)] for seed in trial.seeds if key_of(trial, seed) in known]
+            minutes = f"{sum(seconds) / len(seconds) / 60:.0f} min" if seconds else "not run"
+            text = shlex.join(command(trial, trial.seeds[0], places))
+            print(f"  {len(seconds)} of {len(trial.seeds)} seeds  {minutes:>7}  {text}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lists", nargs="*", metavar="LIST", help=", ".join(LISTS))
+    parser.add_argument("--list", action="store_true", help="print every run, its command and its time")
+    parser.add_argument("--seeds", help="only these, like 0,1")
+    parser.add_argument("--methods", help=f"only these, of {', '.join(METHODS)}")
+    parser.add_argument("--runs", default="runs", help="folder of the runs (default %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the table to add to (default extras/results.csv)")
+    parser.add_argument("--shared", default="../shared", help="folder of the real clips (default %(default)s)")
+    parser.add_argument("--llm", default="smollm2", help="folder of a Llama (default %(default)s)")
+    parser.add_argument("--audio-encoder", default="whisper-base", help="folder of a Whisper (default %(default)s)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.lists) - set(LISTS):
+        parser.error(f"no list {', '.join(sorted(unknown))}; there are {', '.join(LISTS)}")
+    places = {"runs": args.runs, "shared": args.shared, "llm": args.llm, "whisper": args.audio_encoder}
+    if args.list or not args.lists:
+        show(places, args.results)
+        return 0
+    wanted = [(trial, seed) for name in args.lists for seed in range(3) for trial in LISTS[name] if seed in trial.seeds
+              and (not args.seeds or str(seed) in args.seeds.split(","))
+              and (not args.methods or trial.method in args.methods.split(","))]
+    if "open" in args.lists:
+        link_open(args.shared, Path(args.runs, "open"))
+    for number, (trial, seed) in enumerate(wanted, 1):
+        if key_of(trial, seed) in done(args.results):
+            continue
+        run = command(trial, seed, places)
+        print(f"\nrun {number} of {len(wanted)}: {shlex.join(run)}", flush=True)
+        code = subprocess.run([sys.executable, *run[1:]]).returncode
+        if code:
+            print(f"experiments.py: that command ended with {code}; the same call goes on from here", file=sys.stderr)
+            return code
+        append(rows_of_run(trial, seed, read_json(Path(run[-1], "metrics.json"))), args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

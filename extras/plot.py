@@ -1,0 +1,198 @@
+"""The tables and pictures of README.md and docs/, made from extras/results.csv.
+
+    python -m extras.plot            write them: each table stands between <!-- results: NAME --> and <!-- end -->
+    python -m extras.plot --check    only say which tables are not those of results.csv
+
+Numbers are WER in %: means over the seeds, with ± the standard error where there are several. Rates are those of training,
+in the order 2 / 4 / 8. A dash is a run that was not done. Pictures need matplotlib (extras/requirements.txt).
+"""
+import argparse
+import re
+import statistics
+import sys
+
+from data import parse_rates, task_rates
+from extras.experiments import LISTS, RESULTS, ROOT, read_results
+from real.files import run_script, write_whole
+from real.report import table
+
+PAGES = "README.md", "docs/results.md", "docs/real.md"
+MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babble at 0 dB": ("avsr", "0"),
+              "sound and lips, babble at -5 dB": ("avsr", "-5"), "sound, clean": ("asr", "clean"),
+              "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
+METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
+           "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""), "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
+STYLES = {"MoME": "tab:blue", "LoRA (MTSK SS)": "tab:orange", "projectors only": "tab:green"}
+
+
+def chosen(rows, **where):
+    """The rows whose columns have these values; a list holds all values that will do."""
+    return [row for row in rows if all(row[name] in (value if isinstance(value, list) else [value])
+                                       for name, value in where.items())]
+
+
+def spread(values):
+    """Values of several seeds -> their mean in %, and its standard error or None."""
+    values = [100 * value for value in values]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def cell(rows, task, train_rates, errors=True):
+    """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates; a dash if there are none."""
+    entries = []
+    for rates in task_rates(task, parse_rates(train_rates)):
+        values = [float(row["wer"]) for row in chosen(rows, rates=":".join(map(str, rates.values())))]
+        mean, error = spread(values) if values else (None, None)
+        shown = "–" if mean is None else f"{mean:.1f}"
+        entries.append(shown if error is None or not errors else f"{shown} ± {error:.1f}")
+    return " / ".join(entries)
+
+
+def markdown(header, lines):
+    """A table in markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)) + "\n"
+
+
+def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True):
+    """A line for each task and noise, a column for each {title: (method, variant)}. Their rows are of one training at all
+    rates. The column Llama-AVSR or MoME-I has as many trainings as pairs of rates."""
+    pairs = [f"{audio}:{video}" for audio, video in parse_rates(train_rates)]
+    lines = []
+    for name, (task, snr) in conditions.items():
+        of_line = chosen(rows, task=task, snr_db=snr)
+        cells = [cell(chosen(of_line, method=method, variant=variant, train_rates=train_rates), task, train_rates, errors)
+                 for method, variant in columns.values()]
+        for title, method in {"Llama-AVSR": "lora", "MoME-I": "mome"}.items():
+            if len(columns) > 3:
+                cells.append(cell(chosen(of_line, method=method, variant="", train_rates=pairs), task, train_rates, errors))
+        lines.append([name, *cells])
+    header = ["WER %", *columns, *["Llama-AVSR", "MoME-I"] * (len(columns) > 3)]
+    return markdown(header, lines)
+
+
+def parameters(rows, columns):
+    """A line: the parameters in the LLM, of each method, active and in all."""
+    lines = []
+    for title, (method, variant) in columns.items():
+        of_method = chosen(rows, method=method, variant=variant)
+        if of_method:
+            lines.append([title, f"{int(of_method[0]['active_params']):,}", f"{int(of_method[0]['trained_params']):,}"])
+    return markdown(["in the LLM", "active for one token", "in all"], lines)
+
+
+def by_variant(rows, train_rates, variants):
+    """A line for each {title: (method, variant)}, a column for each of four conditions."""
+    names = "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips"
+    shown = {name: CONDITIONS[name] for name in names}
+    lines = []
+    for title, key in variants.items():
+        of_variant = chosen(rows, method=key[0], variant=key[1], train_rates=train_rates)
+        active = f"{int(of_variant[0]['active_params']):,}" if of_variant else "–"
+        cells = [cell(chosen(of_variant, task=task, snr_db=snr), task, train_rates) for task, snr in shown.values()]
+        lines.append([title, active, *cells])
+    return markdown(["WER %", "active", *shown], lines)
+
+
+def printed(rows):
+    """The table that train.py printed for seed 0."""
+    own = []
+    for row in chosen(rows, method="mome", variant="", train_rates="2,4,8", seed="0"):
+        rates = row["rates"].split(":")
+        of_stream = {"avsr": rates * 2, "asr": [*rates, None], "vsr": [None, *rates]}[row["task"]]
+        audio, video = ("auto", None) if row["rates"] == "auto" else (of_stream[0], of_stream[1])
+        snr = None if row["snr_db"] == "clean" else float(row["snr_db"])
+        own.append({"task": row["task"], "audio_rate": audio, "video_rate": video, "snr_db": snr, "wer": float(row["wer"]),
+                    "tokens": float(row["tokens"])})
+    return "\n" + "".join(f"    {line}\n" for line in table(own).splitlines()) + "\n"
+
+
+def tables(rows):
+    """results.csv -> {name: its text}."""
+    toy, few = chosen(rows, data="synthetic"), {title: METHODS[title] for title in STYLES}
+    default = {"8 routed, 1 shared, bottleneck 8, beside attention": ("mome", "")}
+    variants = {name: [(trial.method, trial.variant) for trial in LISTS[name]] for name in ("sharing", "experts", "causes")}
+    sharing = {"a router for each set of rates": ("mome-routers", ""), "a projector for each rate": ("mome", "projector per rate")}
+    experts = {name: (method, name) for method, name in variants["experts"]}
+    names = {"mome": "MoME", "lora": "LoRA"}
+    causes = {f"{names[method]}, {name}": (method, name) for method, name in variants["causes"]}
+    clean = {"sound, clean": CONDITIONS["sound, clean"]}
+    return {
+        "printed": printed(toy),
+        "readme": by_condition(toy, "2,4,8", few, errors=False),
+        "main": by_condition(toy, "2,4,8", METHODS),
+        "paper-rates": by_condition(toy, "4,16x2,5", METHODS),
+        "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),
+        "sharing": by_variant(toy, "2,4,8", default | sharing),
+        "experts": by_variant(toy, "2,4,8", default | experts),
+        "causes": by_variant(toy, "2,4,8", {"MoME": ("mome", ""), "LoRA": ("lora", "")} | causes),
+        "an4": by_condition(chosen(rows, data="an4"), "4,8,16", few, clean),
+        "open": by_condition(chosen(rows, data="librispeech"), "4,8,16", few, clean),
+        "grid": by_condition(chosen(rows, data="grid_s1"), "2,4,8", few)}
+
+
+def updated(page, made):
+    """The text of a page with its tables as they are made."""
+    return MARKED.sub(lambda match: match[1] + made[match[2]] + match[3], page)
+
+
+def tokens_picture(figure, rows, train_rates="2,4,8", snrs=("clean", "-5")):
+    """Draw WER over the tokens that the LLM reads before the first word: a panel for each noise, a line for each method."""
+    figure.set_size_inches(9, 3.6)
+    for panel, snr in zip(figure.subplots(1, len(snrs), sharey=True), snrs):
+        for title, colour in STYLES.items():
+            method, variant = METHODS[title]
+            points = {}
+            of_method = chosen(rows, method=method, variant=variant, train_rates=train_rates, data="synthetic")
+            for row in chosen(of_method, task="avsr", snr_db=snr):
+                if row["rates"] != "auto":
+                    points.setdefault(row["rates"], []).append((float(row["tokens"]), float(row["wer"])))
+            marks = {}
+            for rates, of_seeds in points.items():
+                mean, error = spread([wer for _, wer in of_seeds])
+                marks[statistics.fmean(tokens for tokens, _ in of_seeds)] = rates, mean, error or 0
+            if marks:
+                tokens = sorted(marks)
+                rates, means, errors = zip(*(marks[n] for n in tokens))
+                panel.errorbar(tokens, means, errors, fmt="o-", capsize=3, color=colour, label=title)
+                panel.set_xscale("log")
+                panel.set_yscale("log")
+                panel.set_xticks([], minor=True)
+                panel.set_xticks(tokens, [f"{n:.0f}\n{rate}" for n, rate in zip(tokens, rates)])
+        panel.set(title="clean" if snr == "clean" else f"babble at {snr} dB")
+        panel.set(xlabel="tokens read by the LLM, at rates of sound:lips")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("WER, %")
+    figure.axes[0].legend()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; the exit code is 1 if a table is not current")
+    args = parser.parse_args(argv)
+    rows = read_results(RESULTS)
+    made, old = tables(rows), []
+    for page in map(ROOT.joinpath, PAGES):
+        text = page.read_text("utf-8")
+        if (new := updated(text, made)) != text:
+            old.append(page.name)
+            if not args.check:
+                write_whole(page, lambda path: path.write_text(new, "utf-8"))
+    print("; ".join(f"{name}: {'not current' if args.check else 'written'}" for name in old) or "all tables are those of results.csv")
+    if args.check:
+        return int(bool(old))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("plot.py: matplotlib is not installed: pip install -r extras/requirements.txt", file=sys.stderr)
+        return 2
+    figure = Figure(layout="constrained")
+    tokens_picture(figure, rows)
+    write_whole(ROOT / "docs/tokens.png", lambda path: figure.savefig(path, dpi=130, format="png"))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

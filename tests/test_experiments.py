@@ -1,0 +1,96 @@
+"""python -m pytest tests/test_experiments.py: the lists of runs, results.csv, and the tables that are made from it."""
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+import train
+from extras import experiments, plot
+from extras.experiments import LISTS, Trial
+from real.options import parse_options
+
+PLACES = {"runs": "runs", "shared": "shared", "llm": "llm", "whisper": "whisper"}
+
+
+def metrics_of(trial, seed, wer=0.1):
+    """What train.py would write for a trial, with one WER everywhere."""
+    argv = experiments.command(trial, seed, PLACES)[2:]
+    config = parse_options(train.TrainConfig, argv, "", "", train.PRESETS, lambda config: None)
+    rows = [{"task": "avsr", "audio_rate": 2, "video_rate": 2, "snr_db": snr, "wer": wer, "words": 30, "tokens": 50.} for snr in (None, -5.)]
+    auto = [{"task": "avsr", "audio_rate": "auto", "video_rate": None, "snr_db": None, "wer": wer, "words": 30, "tokens": 40.}]
+    return {"rows": rows, "auto": auto, "seconds": {"clips": 1., "stage 3": 61.}, "parameters": {"adapter": 9, "active": 5},
+            "config": vars(config)}
+
+
+def test_every_listed_run_is_a_command_that_train_takes():
+    """All flags parse, and no two runs have one folder or one key."""
+    names, keys = set(), set()
+    for trial in (trial for trials in LISTS.values() for trial in trials):
+        argv = experiments.command(trial, 0, PLACES)
+        config = parse_options(train.TrainConfig, argv[2:], "", "", train.PRESETS, train.check_config)
+        assert argv[:2] == ["python", "train.py"] and config.rates == trial.rates and config.method == trial.method
+        names.add(config.out)
+        keys.add(experiments.key_of(trial, 0))
+    assert len(names) == len(keys) == sum(map(len, LISTS.values()))
+
+
+def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+    """A run whose rows are in results.csv is not done again; one that fails leaves no row."""
+    argv, commands = ["two", "--results", str(tmp_path / "results.csv")], []
+    trials = [Trial("mome", "2", seeds=(0, 1)), Trial("lora", "2", "rank 3", "--rank 3", seeds=(0,))]
+    monkeypatch.setattr(experiments, "LISTS", {"two": trials})
+
+    def results():
+        return experiments.read_results(tmp_path / "results.csv")
+
+    def run(command, **_):
+        commands.append(command)
+        method, seed = command[command.index("--method") + 1], int(command[command.index("--seed") + 1])
+        if len(commands) == 2:
+            return SimpleNamespace(returncode=2)
+        out = tmp_path / command[-1]
+        out.mkdir(parents=True)
+        (out / "metrics.json").write_text(json.dumps(metrics_of(Trial(method, "2"), seed)))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    assert experiments.main(argv) == 2 and len(results()) == 3
+    assert experiments.main(argv) == 0 and len(commands) == 4 and len(results()) == 9
+    assert experiments.main(argv) == 0 and len(commands) == 4
+    row = results()[1]
+    assert row["wer"] == "0.10000" and row["snr_db"] == "-5" and row["rates"] == "2:2" and row["seconds"] == "62"
+    assert row["trained_params"] == "9" and row["active_params"] == "5" and float(row["flops"]) > 1e8
+    assert experiments.main(["--list", *argv[1:]]) == 0
+    assert "2 of 2 seeds    1 min  python train.py --rates 2 --method mome --seed 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        experiments.main(["three"])
+
+
+def test_tables_are_means_over_seeds():
+    rows = [dict.fromkeys(experiments.COLUMNS, "") | {
+        "method": "mome", "data": "synthetic", "train_rates": "2,4", "rates": rates, "task": "asr", "snr_db": "clean", "seed": seed, "wer": wer}
+        for rates, wers in (("2", ("0.01", "0.02", "0.03")), ("4", ("0.5",))) for seed, wer in enumerate(wers)]
+    assert plot.cell(rows, "asr", "2,4,8") == "2.0 ± 0.6 / 50.0 / –"
+    assert plot.cell(rows, "asr", "2,4", errors=False) == "2.0 / 50.0"
+    text = plot.by_condition(rows, "2,4", {"MoME": ("mome", ""), "LoRA": ("lora", "")}, {"sound": ("asr", "clean")})
+    assert text.splitlines()[2] == "| sound | 2.0 ± 0.6 / 50.0 | – / – |"
+    page = "before\n<!-- results: main -->\nold\n<!-- end -->\nafter\n"
+    assert plot.updated(page, {"main": "new\n"}) == page.replace("old", "new")
+
+
+def test_the_pages_have_the_numbers_of_results_csv(capsys):
+    """A number in a table of README or docs/ that is not in results.csv fails here."""
+    assert plot.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_picture_of_tokens(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    rows = [dict.fromkeys(experiments.COLUMNS, "") | {
+        "method": "mome", "data": "synthetic", "train_rates": "2,4,8", "rates": rates, "task": "avsr", "snr_db": snr, "seed": seed,
+        "wer": wer, "tokens": tokens}
+        for rates, tokens, wer in (("2:2", "100", "0.2"), ("4:4", "50", "0.1"), ("auto", "60", "0.3")) for snr in ("clean", "-5") for seed in "01"]
+    plot.tokens_picture(figure, rows)
+    (line, *_), = figure.axes[1].containers
+    assert line.get_xdata().tolist() == [50, 100] and line.get_ydata().tolist() == [10, 20]
