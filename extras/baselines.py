@@ -6,6 +6,7 @@
     --method lora-ms        a LoRA for each set of rates: Llama-MTSK MS
     --method lora-mss       both, summed: Llama-MTSK MSS
     --method mome-routers   MoME with a router for each set of rates (the paper's ablation)
+    --method mome-teacher, mome-bias, mome-places    ideas beyond the paper, see extras/ideas.py
     --method mome           at one pair of rates it is MoME-I
 
 Llama-AVSR is arXiv 2409.12319, Llama-MTSK is arXiv 2503.06362. --rank 0 gives each LoRA as many parameters as MoME has
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import ClipError, task_rates
+from extras.ideas import IDEAS
 from mome import MoME
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 METHODS = {"mome": 4.5e-3, "mome-routers": 4.5e-3, "lora": 4.5e-3, "lora-ms": 4.5e-3, "lora-mss": 4.5e-3,
-           "projectors": 2e-3}    # the peak learning rate of each, see docs/results.md
+           "projectors": 2e-3, **dict.fromkeys(IDEAS, 4.5e-3)}    # the peak learning rate of each, see docs/results.md
 
 
 # --- one copy of a module for each set of rates ----------------------------------------------------------------------
@@ -142,6 +144,8 @@ def add_adapter(model, facts):
     if method == "mome-routers":
         for mome in (layer.mome for layer in model.llm.layers):
             mome.router = PerRate(mome.router, rate_sets)
+    if method in IDEAS:
+        IDEAS[method](model, rate_sets)
     if facts["projector_per_rate"]:
         for stream, projector in model.projectors.items():
             model.projectors[stream] = PerRate(projector, rate_sets, (stream,))

@@ -11,7 +11,7 @@ of real clips need their folders in --shared, and those of a real LLM and Whispe
 A row of results.csv is one WER of one run, on test clips:
 variant: what differs from the defaults. data: the clips. train_rates: --rates. rates: audio:video or those of the one
 stream, or auto. tokens: mean over clips, read by the LLM before the first word. flops: of a clip of 3 s at these rates, encoders
-and LLM (extras/cost.py). seconds: of the whole run. decoding: greedy, or the beam width.
+and LLM (extras/cost.py). seconds: of the whole run. split: test, or valid for what was still being chosen.
 """
 import argparse
 import csv
@@ -25,14 +25,15 @@ from pathlib import Path
 from data import TASKS
 from extras.baselines import METHODS, RATES
 from extras.cost import costs, model_of, prompt_tokens
+from extras.ideas import IDEAS
 from real.files import read_json, run_script, write_whole
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "extras/results.csv"
 COLUMNS = ("method,variant,data,train_rates,rates,task,snr_db,seed,wer,words,trained_params,active_params,tokens,flops,"
-           "seconds,decoding").split(",")
-KEY = "method", "variant", "data", "train_rates", "seed", "decoding"     # tell runs apart
+           "seconds,split").split(",")
+KEY = "method", "variant", "data", "train_rates", "seed", "split"        # tell runs apart
 CLIP_SECONDS = 3                                                         # of the clip whose FLOPs are counted
 
 
@@ -45,6 +46,7 @@ class Trial:
     flags: str = ""
     data: str = "synthetic"
     seeds: tuple[int, ...] = (0, 1, 2)
+    split: str = "test"      # valid: the validation clips after the last step; for what is still being chosen
 
 
 def toy_lists():
@@ -65,6 +67,7 @@ def toy_lists():
         "pairs": [Trial(method, pair) for method in ("lora", "mome") for pair in pairs],
         "sharing": [Trial("mome-routers", both[0]), Trial("mome", both[0], "projector per rate", "--projector-per-rate")],
         "experts": [Trial("mome", both[0], *more) for more in experts],
+        "ideas": [Trial(method, both[0], "", "--valid-every 1700", split="valid") for method in ("mome", *IDEAS)],
         "causes": [Trial("mome", both[0], *more) for more in causes] + [Trial("lora", both[0], *more) for more in causes[-3:]]}
 
 
@@ -85,7 +88,7 @@ LISTS = toy_lists() | real_lists()
 
 def name_of(trial, seed):
     """The name of a run's folder."""
-    words = [trial.data, trial.method, trial.rates.replace(":", "-"), trial.variant, f"seed {seed}"]
+    words = [trial.data, "" if trial.split == "test" else trial.split, trial.method, trial.rates.replace(":", "-"), trial.variant, f"seed {seed}"]
     return "_".join(filter(None, words)).replace(" ", "-").replace(",", ".")
 
 
@@ -104,7 +107,7 @@ def read_results(path):
 
 def key_of(trial, seed):
     """What tells the rows of this run from those of others."""
-    return trial.method, trial.variant, trial.data, trial.rates, str(seed), "greedy"
+    return trial.method, trial.variant, trial.data, trial.rates, str(seed), trial.split
 
 
 def done(path):
@@ -120,11 +123,13 @@ def flops_at(config, rates):
     return cost["encoder_flops"] + cost["llm_flops"]
 
 
-def rows_of_run(trial, seed, metrics):
-    """The rows of results.csv of a finished run, from its metrics.json."""
+def rows_of_run(trial, seed, out):
+    """The rows of results.csv of a finished run, from its metrics.json, or curve.json for validation clips."""
+    metrics = read_json(Path(out, "metrics.json"))
     config, rows = TrainConfig(**metrics["config"]), []
     key = dict(zip(KEY, key_of(trial, seed)))
-    for row in metrics["rows"] + metrics["auto"]:
+    is_test = trial.split == "test"
+    for row in metrics["rows"] + metrics["auto"] if is_test else read_json(Path(out, "curve.json"))[-1]["rows"]:
         rates = {"audio": row["audio_rate"], "video": row["video_rate"]}
         rates = {stream: rates[stream] for stream in TASKS[row["task"]]}
         is_auto = row["audio_rate"] == "auto"
@@ -199,7 +204,7 @@ def main(argv=None):
         if code:
             print(f"experiments.py: that command ended with {code}; the same call goes on from here", file=sys.stderr)
             return code
-        append(rows_of_run(trial, seed, read_json(Path(run[-1], "metrics.json"))), args.results)
+        append(rows_of_run(trial, seed, run[-1]), args.results)
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 
 from data import parse_rates, task_rates
 from extras.experiments import LISTS, RESULTS, ROOT, read_results
+from extras.ideas import IDEAS
 from real.files import run_script, write_whole
 from real.report import table
 
@@ -23,6 +24,7 @@ CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babbl
               "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
 METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
            "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""), "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
+SINGLES = {"Llama-AVSR": "lora", "MoME-I": "mome"}     # a model for each pair of rates
 STYLES = {"MoME": "tab:blue", "LoRA (MTSK SS)": "tab:orange", "projectors only": "tab:green"}
 
 
@@ -55,21 +57,21 @@ def markdown(header, lines):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)) + "\n"
 
 
-def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True):
-    """A line for each task and noise, a column for each {title: (method, variant)}. Their rows are of one training at all
-    rates. The column Llama-AVSR or MoME-I has as many trainings as pairs of rates."""
+def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True, singles=None):
+    """A line for each task and noise, a column for each {title: (method, variant)}, trained once for all rates.
+
+    singles: {title: method} for columns with a training for each pair of rates."""
+    singles = singles or {}
     pairs = [f"{audio}:{video}" for audio, video in parse_rates(train_rates)]
     lines = []
     for name, (task, snr) in conditions.items():
         of_line = chosen(rows, task=task, snr_db=snr)
         cells = [cell(chosen(of_line, method=method, variant=variant, train_rates=train_rates), task, train_rates, errors)
                  for method, variant in columns.values()]
-        for title, method in {"Llama-AVSR": "lora", "MoME-I": "mome"}.items():
-            if len(columns) > 3:
-                cells.append(cell(chosen(of_line, method=method, variant="", train_rates=pairs), task, train_rates, errors))
+        for title, method in singles.items():
+            cells.append(cell(chosen(of_line, method=method, variant="", train_rates=pairs), task, train_rates, errors))
         lines.append([name, *cells])
-    header = ["WER %", *columns, *["Llama-AVSR", "MoME-I"] * (len(columns) > 3)]
-    return markdown(header, lines)
+    return markdown(["WER %", *columns, *singles], lines)
 
 
 def parameters(rows, columns):
@@ -110,26 +112,30 @@ def printed(rows):
 
 def tables(rows):
     """results.csv -> {name: its text}."""
-    toy, few = chosen(rows, data="synthetic"), {title: METHODS[title] for title in STYLES}
+    tested = chosen(rows, split="test")
+    toy, few = chosen(tested, data="synthetic"), {title: METHODS[title] for title in STYLES}
     default = {"8 routed, 1 shared, bottleneck 8, beside attention": ("mome", "")}
     variants = {name: [(trial.method, trial.variant) for trial in LISTS[name]] for name in ("sharing", "experts", "causes")}
     sharing = {"a router for each set of rates": ("mome-routers", ""), "a projector for each rate": ("mome", "projector per rate")}
     experts = {name: (method, name) for method, name in variants["experts"]}
     names = {"mome": "MoME", "lora": "LoRA"}
     causes = {f"{names[method]}, {name}": (method, name) for method, name in variants["causes"]}
+    ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
+    heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, errors=False),
-        "main": by_condition(toy, "2,4,8", METHODS),
-        "paper-rates": by_condition(toy, "4,16x2,5", METHODS),
+        "main": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
+        "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),
         "sharing": by_variant(toy, "2,4,8", default | sharing),
         "experts": by_variant(toy, "2,4,8", default | experts),
         "causes": by_variant(toy, "2,4,8", {"MoME": ("mome", ""), "LoRA": ("lora", "")} | causes),
-        "an4": by_condition(chosen(rows, data="an4"), "4,8,16", few, clean),
-        "open": by_condition(chosen(rows, data="librispeech"), "4,8,16", few, clean),
-        "grid": by_condition(chosen(rows, data="grid_s1"), "2,4,8", few)}
+        "ideas": by_condition(chosen(rows, data="synthetic", split="valid"), "2,4,8", ideas, heard),
+        "an4": by_condition(chosen(tested, data="an4"), "4,8,16", few, clean),
+        "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", few, clean),
+        "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
 
 
 def updated(page, made):
