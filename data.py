@@ -24,6 +24,8 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
+WORD = regex.compile("L+(?:'L+)*".replace("L", r"[\p{L}\p{M}\p{N}\u200c\u200d]"))  # joiners: Persian, Hindi
+PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'") | dict.fromkeys("\u00ad\u2060\u200e\u200f"))  # the unseen
 
 
 class ClipError(ValueError):
@@ -240,10 +242,7 @@ def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
     Training, WER and transcripts share it. Unicode's NFC makes equal words equal, in whatever encoding."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-    text = regex.sub("[\u00ad\u2060\u200e\u200f]", "", text)     # hyphens and marks that are not seen
-    text = regex.sub("[’‘ʼ＇`´]", "'", text)
-    letters = r"[\p{L}\p{M}\p{N}\u200c\u200d]+"                  # with the joiners of Persian and Hindi
-    return " ".join(regex.findall(f"{letters}(?:'{letters})*", text))
+    return " ".join(WORD.findall(text.translate(PLAIN)))
 
 
 def load_tokenizer(folder):

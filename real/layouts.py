@@ -47,27 +47,28 @@ class Entry:
 
 def recognise(folder):
     """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are passed over)."""
-    files = sorted(files_below(folder))
+    names, files = list(files_below(folder)), None
     for name, read in LAYOUTS.items():
+        if read not in (manifest, common_voice):               # these need no list of files; 100,000 Paths take seconds
+            files = files or sorted(map(Path, names))
         listed = read(folder, files)
         if listed:
             break
-    used = {path for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
-    passed_over = Counter(path.suffix.lower() or "without suffix" for path in files
-                          if path not in used and path.suffix.lower() not in TEXTS)
-    return name, listed, passed_over
+    used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
+    suffixes = (os.path.splitext(path)[1].lower() for path in names if path not in used)
+    return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
 
 
 def files_below(folder, above=()):
-    """Yield the files below a folder. Links are followed, but not into a folder that they stand in."""
+    """Yield the names of the files below a folder. Links are followed, but not into a folder that they stand in."""
     real = os.path.realpath(folder)
-    for path in folder.iterdir():
-        if path.name.startswith("."):
+    for found in os.scandir(folder):
+        if found.name.startswith("."):
             continue
-        if not path.is_dir():
-            yield path
-        elif os.path.realpath(path) not in (*above, real):
-            yield from files_below(path, (*above, real))
+        if not (os.path.isdir(found) if found.is_symlink() else found.is_dir()):
+            yield found.path.removeprefix("./")                # as in str(Path(folder, name))
+        elif os.path.realpath(found) not in (*above, real):
+            yield from files_below(found.path, (*above, real))
 
 
 def read_text(path):
