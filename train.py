@@ -22,13 +22,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, ClipError, drawn_clips, load_tokenizer, padded, parse_rates, rows_of
+from data import TASKS, ClipError, load_tokenizer, padded, parse_rates, rows_of
 from data import task_rates, task_streams, to_device, to_inputs
 from extras.auto import auto_plan, calibrate
 from extras.baselines import METHODS, adapter_facts, add_adapter, count_parameters
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
 from real.files import ERRORS, run_script, write_json
+from real.folders import read_drawn
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, parameter_line, table
 from real.run import Run, choose_device, first_alone, own_folder, prefetched, prepare_layers, processes
@@ -143,7 +144,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
     by_epochs = math.ceil(config.epochs * len(clips) / config.batch_size)
     steps = config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1700)
     usable = {task: [clip for clip in clips if set(TASKS[task]) <= set(clip.streams)] for task in tasks}
-    voices = [clip for clip in clips if "audio" in clip.streams]
+    voices = [clip for clip in clips if clip.log_power is not None]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
@@ -152,7 +153,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         reads: parts, each with its share of all words, its transcripts and {stream: (tokens, lengths)}."""
         rng = random.Random(f"{seed} {step}")
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
-        chosen = drawn_clips(usable[task], config.batch_size, seed, step)
+        chosen = read_drawn(usable[task], TASKS[task], config.batch_size, seed, step)
         rate_sets = task_rates(task, pairs)
         if config.rates_per_step == "1":
             rate_sets = [random.Random(f"{seed} {step} rates").choice(rate_sets)]

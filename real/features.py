@@ -2,7 +2,7 @@
 
 Real encoders are frozen and large. So each clip passes them once, not once in every epoch, and training costs only the
 LLM. The cache holds each clip as it is and a few augmented copies (not in the paper): sound of another pace, pitch,
-band, tone, noise and level; mouths shifted and mirrored.
+band, tone, noise and level; mouths shifted and mirrored. A clip that is read when it is drawn is encoded then.
 
 Every (clip, copy, stream) is a small file whose name is a hash of all that it depends on. Files are written whole. So a
 run may be killed and started again, and two runs may share the folder.
@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 from encoders import SAMPLE_RATE
 from real.files import write_whole
+from real.folders import Unread
 
 
 VERSION = 2         # raise it when this file, data.py or encoders.py makes other features of the same clips
@@ -77,13 +78,14 @@ def content(clip, stream):
 
 
 class Features:
-    """The encoded clips of one training run, in `folder`. Missing ones are made at once.
+    """The encoded clips of one training run, in `folder`. Missing ones are made at once, or when they are drawn.
 
     model (AVSR) encodes them. identity {stream: value} names the cached streams. The value (anything for JSON) must
     identify the encoder and how clips are read for it. Each clip has `copies` augmented copies besides itself."""
 
     def __init__(self, folder, model, identity, clips, copies, seed):
         self.folder, self.model, self.identity, self.copies, self.seed = Path(folder), model, identity, copies, seed
+        clips = [clip for clip in clips if not isinstance(clip, Unread)]
         self.voices = [clip.wave for clip in clips if clip.wave is not None]
         self.contents = {(clip.name, stream): content(clip, stream) for clip in clips for stream in clip.streams}
         self.babble_key = digest([seed, sorted(self.contents.values())])  # all clips make babble
@@ -91,7 +93,8 @@ class Features:
 
     def path(self, clip, copy, stream):
         """The file of one stream of a clip. Copy 0 is the clip itself."""
-        name = digest([VERSION, os.path.abspath(clip.name), self.contents[clip.name, stream], self.identity[stream],
+        known = self.contents.get((clip.name, stream)) or content(clip, stream)
+        name = digest([VERSION, os.path.abspath(clip.name), known, self.identity[stream],
                        [copy, self.babble_key] if copy else 0])
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
@@ -127,6 +130,9 @@ class Features:
     def rows(self, clips, streams, rng):
         """Each clip in one of its versions -> {stream: B rows (T, D)}."""
         copies = [rng.randrange(self.copies + 1) for _ in clips]
+        for job in [(clip, copy, stream) for clip, copy in zip(clips, copies) for stream in streams]:
+            if not self.path(*job).is_file():
+                self.encode([job])     # alone: others beside it would change its last bits
         try:
             return {stream: [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
                     for stream in streams}

@@ -1,9 +1,11 @@
 """Small helpers that many files share: errors, messages, files that are written as a whole, and the end of a script."""
 import errno
+import gc
 import json
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -41,6 +43,16 @@ def expanded(paths):
 def is_first():
     """Whether this process writes files and prints. Under torchrun only the first of its processes does."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
+
+
+@contextmanager
+def no_collector():
+    """In this block the garbage collector rests: it would look at 100,000 new objects again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def shown(path):

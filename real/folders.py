@@ -3,23 +3,33 @@
 Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
 talker. Talkers are named in a manifest, or are the folders at the highest level that has several. No sentence is then
 in both splits. Splits that the folder names stay as they are.
+
+The clips are read at the start. Of a large folder only the test clips are, and some training clips, whose voices make
+babble. The other training clips are read when they are drawn, and not kept.
 """
+import os
+import random
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import ClipError, normalize
+from data import Clip, ClipError, drawn_clips, normalize
 from real.clips import read_clip
-from real.files import note, shown
-from real.layouts import recognise, transcript
-from real.media import clip_error
+from real.files import no_collector, note, shown
+from real.layouts import Entry, recognise, transcript
+from real.media import SOUND_SUFFIXES, clip_error
 
-MAX_LETTERS = 50  # in a second of speech
+MAX_LETTERS = 50     # in a second of speech
+MAX_READ = 5000      # a folder with more training clips is large
+FIRST_READ = 100     # training clips of a large folder that are read at the start
+MAX_TEST = 1000      # test clips, about, where the split is ours
+READERS = ThreadPoolExecutor()     # they read the clips of a step side by side
 
 
 def entries(folder):
@@ -43,18 +53,84 @@ def entries(folder):
     one_talker = len({entry.talker for entry in listed}) == 1
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
     shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
-    test = set(shuffled[:max(1, len(shuffled) // 5)])
+    n_test = min(len(shuffled) // 5, MAX_TEST * len(shuffled) // len(listed))
+    test = set(shuffled[:max(1, n_test)])
     listed = [replace(entry, split="test" if group in test else "train", is_drawn=True)
               for entry, group in zip(listed, groups)]
     return layout, listed, words
 
 
-def read_entry(entry, reading=None):
-    """Entry -> Clip, or a ClipError, which is returned, not raised. `reading`: arguments of clips.read_pieces."""
+class Unusable:
+    """The clips of a folder that cannot be used. More than `max_bad` percent of its clips are an error."""
+
+    def __init__(self, folder, n_clips, max_bad):
+        self.folder, self.n_clips, self.max_bad = folder, n_clips, max_bad
+        self.found = set()     # the ids of their Entries: a table may list a clip twice
+
+    def add(self, entry, error):
+        """Note a clip that cannot be used. Raises ClipError if it is one too many."""
+        note(f"left out: {error}")
+        self.found.add(id(entry))
+        if len(self.found) > self.max_bad / 100 * self.n_clips:
+            raise clip_error(self.folder, f"{len(self.found)} of {self.n_clips} clips cannot be used so far, and no more "
+                                          f"than --max-bad {self.max_bad:g} % may be; python data.py check lists them all")
+
+
+@dataclass(frozen=True)
+class Unread(Clip):
+    """A training clip of a large folder. Its name and text are known, and its file is not opened before `read`."""
+    entry: Entry | None = None
+    reading: dict | None = None            # arguments of clips.read_pieces
+    unusable: Unusable | None = None
+    streams: tuple = ()                    # those that it may have
+    duration = 0                           # not known
+
+    def read(self):
+        """-> Clip, or None if it cannot be used."""
+        if id(self.entry) in self.unusable.found:
+            return None
+        clip = read_entry(self.entry, self.reading)
+        return self.unusable.add(self.entry, clip) if isinstance(clip, ClipError) else clip
+
+    def stamp(self):
+        """Size and time of its file, in bytes; another file has another. None are those of a missing file."""
+        try:
+            stat = os.stat(self.entry.path)
+            return f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        except OSError:
+            return b""
+
+
+def read_all(clips):
+    """Clips -> the same, in order. Unread ones are read, several at a time; None stands for one that cannot be used."""
+    return list(READERS.map(lambda clip: clip.read() if isinstance(clip, Unread) else clip, clips))
+
+
+def read_drawn(clips, streams, size, seed, step):
+    """The clips that data.drawn_clips draws for a step, read.
+
+    Another clip, drawn at random, takes the place of one that cannot be used or has not all `streams`. So a step's
+    clips are a function of the files, the seed and the step."""
+    rng, chosen = random.Random(f"{seed} {step} instead"), read_all(drawn_clips(clips, size, seed, step))
+    for i, clip in enumerate(chosen):
+        while clip is None or not set(streams) <= set(clip.streams):
+            [clip] = read_all([rng.choice(clips)])
+        chosen[i] = clip
+    return chosen
+
+
+def read_entry(entry, reading=None, unusable=None):
+    """Entry -> Clip, or a ClipError, which is returned, not raised. `reading`: arguments of clips.read_pieces.
+
+    With `unusable` it becomes an Unread. A sound file has no pictures."""
     try:
         text = normalize(transcript(entry))
         if not text:
             raise clip_error(entry.path, "no words in its transcript, expected what is said")
+        if unusable:
+            possible = ("audio",) if os.path.splitext(entry.path)[1].lower() in SOUND_SUFFIXES else ("audio", "video")
+            streams = tuple(filter((reading or {}).get("streams", possible).__contains__, possible))
+            return Unread(str(entry.path), text, entry=entry, reading=reading, unusable=unusable, streams=streams)
         clip = read_clip(entry.path, text=text, span=entry.span, sound=entry.sound, **(reading or {}))
         if len(text) > MAX_LETTERS * (1 + clip.duration):
             raise clip_error(entry.path, f"a transcript of {len(text):,} letters for {clip.duration:.1f} s; "
@@ -76,8 +152,9 @@ def read_entries(listed, reading=None):
             readers.shutdown(wait=False, cancel_futures=True)      # an error does not wait for all clips
 
 
+@no_collector()
 def folder_clips(folder, reading=None, max_bad=1., disjoint=False):
-    """A folder -> {"train": [Clip], "test": [Clip]}. `reading`: arguments of clips.read_pieces. Raises ClipError.
+    """A folder -> {"train": [Clip or Unread], "test": [Clip]}. `reading`: of clips.read_pieces. Raises ClipError.
 
     A clip that cannot be used is left out, with a note. More than `max_bad` percent of such clips are an error.
     A training clip is left out if a test clip has the same sentence and the splits are ours, or `disjoint` asks so."""
@@ -85,16 +162,20 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False):
     listed = [entry for entry in listed if entry.split in ("train", "test")]
     if passed_over:
         note(f"passed over in {shown(folder)} ({layout}): {passed_over}")
-    clips, n_bad = {"train": [], "test": []}, 0
-    for entry, clip in read_entries(listed, reading):
-        if not isinstance(clip, ClipError):
+    clips, unusable = {"train": [], "test": []}, Unusable(folder, len(listed), max_bad)
+    now, later = listed, []
+    training = [entry for entry in listed if entry.split == "train"]
+    if len(training) > MAX_READ:
+        every = len(training) // FIRST_READ
+        now = [entry for entry in listed if entry.split == "test"] + training[::every]
+        later = [entry for i, entry in enumerate(training) if i % every]
+        note(f"{shown(folder)}: {len(later):,} of {len(training):,} training clips are read while training")
+    unread = ((entry, read_entry(entry, reading, unusable)) for entry in later)
+    for entry, clip in chain(read_entries(now, reading), unread):
+        if isinstance(clip, ClipError):
+            unusable.add(entry, clip)
+        else:
             clips[entry.split].append(clip)
-            continue
-        note(f"left out: {clip}")
-        n_bad += 1
-        if n_bad > max_bad / 100 * len(listed):
-            raise clip_error(folder, f"{n_bad} of {len(listed)} clips cannot be used so far, and no more than "
-                                     f"--max-bad {max_bad:g} % may be; python data.py check lists them all")
     test_sentences = {clip.text for clip in clips["test"]}
     fresh = [clip for clip in clips["train"] if clip.text not in test_sentences]
     if n_repeated := len(clips["train"]) - len(fresh):

@@ -14,7 +14,7 @@ from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.files import CheckpointError, file_of, is_first
 from real.features import Features
-from real.folders import folder_clips
+from real.folders import folder_clips, read_all
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
 from real.weights import llama_ids
@@ -70,7 +70,8 @@ def load_clips(config, tasks, audio, video):
         max_bad = percent("--max-bad", config.max_bad)
         clips = folder_clips(config.data, reading(audio, video) | how, max_bad, config.disjoint)
         if config.valid_every and not config.eval_only:
-            clips["train"], clips["valid"] = hold_out(clips["train"])
+            clips["train"], held_out = hold_out(clips["train"])
+            clips["valid"] = [clip for clip in read_all(held_out) if clip]
     else:
         counts = {"test": config.test_clips}
         if not config.eval_only:
@@ -79,7 +80,7 @@ def load_clips(config, tasks, audio, video):
     if config.eval_only:
         clips = {"test": clips["test"]}
     for split, task in product(clips, tasks):
-        if not any(set(TASKS[task]) <= set(clip.streams) for clip in clips[split]):
+        if not any(clip.duration and set(TASKS[task]) <= set(clip.streams) for clip in clips[split]):  # of those read
             raise ClipError(f"{config.data}: no {split} clip has {' and '.join(TASKS[task])}, which {task} needs; "
                             "choose other --tasks")
     n_voices = sum("audio" in clip.streams for clip in clips["test"])

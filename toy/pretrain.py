@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import batch, drawn_clips, to_device
+from data import batch, to_device
 from encoders import FPS
 from mome import Llama
 from real.files import write_whole
+from real.folders import Unread, read_drawn
 from real.run import begin_worker
 from toy.talker import LEXICON
 from toy.tokenizer import common_words
@@ -68,10 +69,11 @@ def cached(folder, name, key, make):
 
 
 def clips_digest(clips):
-    """A hash of everything that training reads of the clips."""
+    """A hash of everything that training reads of the clips; of those not read yet, of what tells their files apart."""
     digest = hashlib.sha256()
     for clip in clips:
         digest.update(repr((clip.name, clip.text, clip.aligned)).encode())
+        digest.update(clip.stamp() if isinstance(clip, Unread) else b"")
         for array in (clip.log_power, clip.frames):
             digest.update(b"" if array is None else array.tobytes())
     return digest.hexdigest()
@@ -100,13 +102,14 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device):
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
     tokens_per_second = 2 * FPS if stream == "audio" else FPS
+    voices = [clip for clip in clips if clip.log_power is not None]
     aligned = clips[0].aligned is not None
     batch_size = 4 if aligned else 8
 
     def loss_at(step):
-        chosen = drawn_clips(clips, batch_size, f"{seed} {stream}", step)
+        chosen = read_drawn(clips, [stream], batch_size, f"{seed} {stream}", step)
         rng = random.Random(f"{seed} {stream} {step}")
-        x, lengths = to_device(batch(chosen, [stream], rng, clips), device)[stream]
+        x, lengths = to_device(batch(chosen, [stream], rng, voices), device)[stream]
         log_probs = head(encoder(x, lengths)).log_softmax(-1)                        # (B, T, units + 1)
         lengths = encoder.n_tokens(lengths)
         if aligned:
