@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import TASKS, ClipError, load_tokenizer, padded, parse_rates, rows_of
 from data import task_rates, task_streams, to_device, to_inputs
 from extras.auto import auto_plan, calibrate
-from extras.baselines import METHODS, adapter_facts, add_adapter, count_parameters
+from extras.baselines import METHODS, add_adapter
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
 from real.files import ERRORS, run_script, write_json
@@ -50,7 +50,7 @@ class TrainConfig:
                                "'4:2,16:5' audio:video pairs; '4,16x2,5' every pair")
     out: str = flag("out", "folder for the model, its metrics and samples")
     tasks: str = flag("avsr,asr,vsr", "what to train and test: audio-visual, audio-only, video-only")
-    method: str = flag("mome", "what is trained in the LLM, see extras/baselines.py", choices=tuple(METHODS))
+    method: str = flag("mome", "what is trained in the LLM, see extras/baselines.py", choices=METHODS)
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
     max_bad: str = flag("1%", "share of these clips that may be unusable")
     disjoint: bool = flag(False, "leave out training clips that say a sentence of its test split")
@@ -62,7 +62,7 @@ class TrainConfig:
     eval_only: bool = flag(False, "test the model in --out, train nothing")
     device: str = flag("auto", "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
     cache: str = flag("", "folder for stages 1 and 2 (default OUT/cache); runs may share it")
-    preset: str = flag("", "paper: its rates, experts and recipe", choices=tuple(PRESETS))
+    preset: str = flag("", "paper: its rates, experts and recipe", choices=PRESETS)
     dry_run: bool = flag(False, "print parameters, tokens, FLOPs and memory; needs no weights")
     llm: str = flag("", "folder of a Llama in HF's layout")
     audio_encoder: str = flag("", "folder of a Whisper in HF's layout")
@@ -199,9 +199,8 @@ def train(config, tasks, pairs, device, watch):
         model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
     longest = max(clip.duration for clip in clips["train"])
     torch.manual_seed(config.seed)
-    saved = adapter_facts(model.llm.config, config, tasks, pairs) | {"longest": longest}
-    add_adapter(model, saved)
-    print(parameter_line(count_parameters(model), config.method))
+    saved = add_adapter(model, config, tasks, pairs) | {"longest": longest}
+    print(parameter_line(saved))
     run = Run(config, clips["train"])
     prepare_layers(model.llm.layers, config)
 
@@ -232,7 +231,8 @@ def run(config):
         report(config)
         return
     out, watch = Path(config.out), Stopwatch()
-    tasks, pairs = list(dict.fromkeys(config.tasks.split(","))), parse_rates(config.rates)
+    tasks = list(dict.fromkeys(config.tasks.split(",")))
+    pairs = parse_rates(config.rates)
     device = choose_device(config.device)
     if config.eval_only:
         model, saved, clips = load_for_test(config, tasks, device)
@@ -249,7 +249,7 @@ def run(config):
     write_json(out / "metrics.json", {
         "rows": [row for row in rows if row["audio_rate"] != "auto"],
         "auto": [row for row in rows if row["audio_rate"] == "auto"],
-        "seconds": watch, "config": asdict(config), "parameters": count_parameters(model)})
+        "seconds": watch, "config": asdict(config)})
     print(table(rows), watch, sep="\n")
 
 

@@ -129,14 +129,16 @@ def lora_rank(llm, experts):
 
 # --- what --method asks for ------------------------------------------------------------------------------------------
 
-def adapter_facts(llm, config, tasks, pairs):
-    """What a checkpoint must know to build the adapter of a TrainConfig again. llm: LlamaConfig."""
-    return {"method": config.method, "rank": config.rank or lora_rank(llm, config), "tasks": tasks, "rates": pairs,
-            "projector_per_rate": config.projector_per_rate}
+def add_adapter(model, config, tasks, pairs):
+    """Put into an AVSR what the method of a TrainConfig asks for -> what config.json must know of it."""
+    facts = {"method": config.method, "rank": config.rank or lora_rank(model.llm.config, config), "tasks": tasks,
+             "rates": pairs, "projector_per_rate": config.projector_per_rate}
+    build_adapter(model, facts)
+    return facts | {"parameters": count_parameters(model)}
 
 
-def add_adapter(model, facts):
-    """Put into an AVSR what --method asks for beside MoME. `facts` come from adapter_facts, or from config.json."""
+def build_adapter(model, facts):
+    """Put into an AVSR the adapter that config.json describes. MoME itself is part of the Llama."""
     method, rate_sets = facts["method"], [rates for task in facts["tasks"] for rates in task_rates(task, facts["rates"])]
     if method.startswith("lora"):
         of_rates = rate_sets if method in ("lora-ms", "lora-mss") else ()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import TASKS, parse_rates, task_rates, task_streams
 from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, AudioConfig, VideoConfig
-from extras.baselines import RATES, adapter_facts, add_adapter, count_parameters
+from extras.baselines import RATES, add_adapter, count_parameters
 from mome import AVSR, AVSRConfig, LlamaConfig, MoME
 from real import weights
 from sample import KVCache
@@ -127,8 +127,7 @@ def model_of(config):
     """The AVSR of a TrainConfig with its adapter, on the meta device, to be counted."""
     with torch.device("meta"):
         model = AVSR(sizes(config))
-        facts = adapter_facts(model.llm.config, config, config.tasks.split(","), parse_rates(config.rates))
-        add_adapter(model, facts)
+        add_adapter(model, config, config.tasks.split(","), parse_rates(config.rates))
     for mome in (module for module in model.modules() if isinstance(module, MoME)):
         mome.path = "wide"  # torch does not count the products of the other paths
     model.encoders.bfloat16()

@@ -124,8 +124,8 @@ def flops_at(config, rates):
 
 
 def rows_of_run(trial, seed, out):
-    """The rows of results.csv of a finished run, from its metrics.json, or curve.json for validation clips."""
-    metrics = read_json(Path(out, "metrics.json"))
+    """The rows of results.csv of a finished run, from its metrics.json and config.json, or curve.json for validation clips."""
+    metrics, counts = read_json(Path(out, "metrics.json")), read_json(Path(out, "config.json"))["parameters"]
     config, rows = TrainConfig(**metrics["config"]), []
     key = dict(zip(KEY, key_of(trial, seed)))
     is_test = trial.split == "test"
@@ -136,8 +136,8 @@ def rows_of_run(trial, seed, out):
         rows.append(key | {
             "rates": "auto" if is_auto else ":".join(map(str, rates.values())), "task": row["task"],
             "snr_db": "clean" if row["snr_db"] is None else f"{row['snr_db']:g}",
-            "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": metrics["parameters"]["adapter"],
-            "active_params": metrics["parameters"]["active"], "tokens": f"{row['tokens']:.1f}",
+            "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": counts["adapter"],
+            "active_params": counts["active"], "tokens": f"{row['tokens']:.1f}",
             "flops": "" if is_auto else f"{flops_at(config, rates):.3g}", "seconds": f"{sum(metrics['seconds'].values()):.0f}"})
     return rows
 

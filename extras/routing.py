@@ -103,7 +103,7 @@ def agreement_picture(figure, found, names):
     streams = list(dict.fromkeys(stream for stream, *_ in found))
     figure.set_size_inches(4.4 * len(streams), 3.4)
     panels = figure.subplots(1, len(streams), squeeze=False)[0]
-    kinds = "the same moment", "another moment of the clip", "the same moment, another layer"
+    kinds = "same moment", "another moment", "another layer"
     for panel, stream in zip(panels, streams):
         pairs = [key for key in found if key[0] == stream]
         of_layers = np.array([found[key][0].mean(0) for key in pairs]).T       # (layers, pairs of rates)

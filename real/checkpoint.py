@@ -139,8 +139,8 @@ def read_model(folder, config, paths, verify, device):
             raise CheckpointError(f"{path}: its config.json is not the one that {folder} was trained with")
     model = AVSR(AVSRConfig(**as_tuples(saved) | sizes), **real)
     if "method" in config:
-        from extras.baselines import add_adapter
-        add_adapter(model, config)
+        from extras.baselines import build_adapter
+        build_adapter(model, config)
     missing, unexpected = model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
     wrong = unexpected + [name for name in missing if stored(name, real)]
     if wrong:

@@ -29,7 +29,6 @@ MAX_LETTERS = 50     # in a second of speech
 MAX_READ = 5000      # a folder with more training clips is large
 FIRST_READ = 100     # training clips of a large folder that are read at the start
 MAX_TEST = 1000      # test clips, about, where the split is ours
-READERS = ThreadPoolExecutor()     # they read the clips of a step side by side
 
 
 def entries(folder):
@@ -103,7 +102,10 @@ class Unread(Clip):
 
 def read_all(clips):
     """Clips -> the same, in order. Unread ones are read, several at a time; None stands for one that cannot be used."""
-    return list(READERS.map(lambda clip: clip.read() if isinstance(clip, Unread) else clip, clips))
+    if not any(isinstance(clip, Unread) for clip in clips):
+        return list(clips)
+    with ThreadPoolExecutor() as readers:
+        return list(readers.map(lambda clip: clip.read() if isinstance(clip, Unread) else clip, clips))
 
 
 def read_drawn(clips, streams, size, seed, step):

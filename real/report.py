@@ -23,9 +23,9 @@ class Stopwatch(dict):
         return f"{stages}; in all {sum(self.values()):.0f} s"
 
 
-def parameter_line(counts, method):
-    """One line: how many parameters are frozen, trained, and active for one token (baselines.count_parameters)."""
-    adapter = "LoRA" if method.startswith("lora") else "MoME"
+def parameter_line(facts):
+    """One line: how many parameters are frozen, trained, and active for one token. facts: of baselines.add_adapter."""
+    counts, adapter = facts["parameters"], "LoRA" if facts["method"].startswith("lora") else "MoME"
     return (f"frozen: encoders {counts['encoders']:,}, LLM {counts['LLM']:,} parameters; trained: {adapter} "
             f"{counts['adapter']:,} ({counts['active']:,} active for one token), projectors and markers "
             f"{counts['projectors and markers']:,}")

@@ -50,5 +50,5 @@ def test_a_bias_moves_choices_and_not_gates(tiny):
 
 def test_an_idea_is_a_method(tiny):
     facts = {"method": "mome-bias", "rank": 1, "tasks": ["asr"], "rates": [(2, 2), (4, 4)], "projector_per_rate": False}
-    baselines.add_adapter(tiny, facts)
+    baselines.build_adapter(tiny, facts)
     assert isinstance(tiny.llm.layers[1].mome, ideas.BiasedMoME)

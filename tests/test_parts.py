@@ -19,7 +19,7 @@ import sample
 import train
 from encoders import AudioConfig, AudioEncoder, log_mel
 from extras import cost
-from extras.baselines import add_adapter, count_parameters
+from extras.baselines import build_adapter, count_parameters
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
 from real import checkpoint, features
 from real.checkpoint import identify, load_model, save_model
@@ -176,7 +176,7 @@ def test_lora_is_stored_beside_a_real_llm(parts, tmp_path):
     llm = Llama.from_pretrained(parts / "llm")
     model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm).eval()
     facts = {"method": "lora", "rank": 3, "tasks": ["asr"], "rates": [[2, 2]], "projector_per_rate": False}
-    add_adapter(model, facts)
+    build_adapter(model, facts)
     adapters = {name: p for name, p in model.named_parameters() if ".lora." in name}
     for p in adapters.values():
         p.normal_(std=0.3)

@@ -215,7 +215,7 @@ def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
 def test_each_set_of_rates_has_its_own_weights(method, tiny):
     """A copy serves one set of rates, in each thread its own; rates that were not trained are refused."""
     facts = {"method": method, "rank": 3, "tasks": ["avsr", "asr"], "rates": [(2, 4), (4, 2)], "projector_per_rate": True}
-    baselines.add_adapter(tiny, facts)
+    baselines.build_adapter(tiny, facts)
     copies = [module for module in tiny.modules() if isinstance(module, baselines.PerRate)]
     in_llm = [copy.copies for copy in copies if len(copy.copies) == 4]
     assert {tuple(copy) for copy in in_llm} == {("audio2_video4", "audio4_video2", "audio2", "audio4")}
@@ -247,8 +247,7 @@ def test_the_papers_counts_of_its_baselines():
                                train.check_config)
         with torch.device("meta"):
             model = AVSR(cost.sizes(config))
-            baselines.add_adapter(model, baselines.adapter_facts(model.llm.config, config, ["avsr"], parse_rates(config.rates)))
-        counts = baselines.count_parameters(model)
+            counts = baselines.add_adapter(model, config, ["avsr"], parse_rates(config.rates))["parameters"]
         assert (round(counts["active"] / 1e6, 1), round(counts["adapter"] / 1e6, 1)) == (active, total), method
 
 
