@@ -1,5 +1,6 @@
 """python -m pytest tests/test_train.py: the two commands, their flags, their files, wrong use."""
 import ast
+import itertools
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -111,8 +113,45 @@ def test_the_readme_is_short():
 # --- training ---
 
 def test_frame_units():
-    clip = data.Clip("", "", aligned=(("rest", 0.09), ("B", 0.19), ("IY", 0.4)))
-    assert pretrain.frame_units(clip, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    aligned = ("rest", 0.09), ("B", 0.19), ("IY", 0.4)
+    assert pretrain.frame_units(aligned, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_best_path_is_the_likeliest_of_all():
+    def said(path):
+        return [unit for t, unit in enumerate(path) if unit and (t == 0 or path[t - 1] != unit)]
+
+    log_probs = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    for target in ([4], [1, 2], [3, 3], [1, 2, 1], [1, 1, 1]):
+        paths = [path for path in itertools.product(range(5), repeat=6) if said(path) == target]
+        best = max(paths, key=lambda path: sum(log_probs[t, unit] for t, unit in enumerate(path)))
+        found = pretrain.best_path(log_probs, torch.tensor(target))
+        assert [[0, *target][k] for k in found] == list(best)
+    assert pretrain.best_path(log_probs, torch.tensor([1, 1, 1, 1])) is None      # with blanks between, 7 tokens
+
+
+def test_units_that_are_heard_for_a_moment_are_filled_out():
+    path = pretrain.fill_out(torch.tensor([0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0]), 2)
+    assert path.tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]
+    aligned = pretrain.alignment(path.tolist(), ["rest", "B", "IY"], 0.24)
+    assert [unit for unit, _ in aligned] == ["rest", "B", "IY", "rest"]
+    assert [end for _, end in aligned] == pytest.approx([0.02, 0.12, 0.2, 0.24])
+    assert pretrain.frame_units(aligned, 12, 50, {"B": 1, "IY": 2}).tolist() == path.tolist()
+    assert pretrain.frame_units(aligned, 6, 50 / 2.1, {"B": 1, "IY": 2}).tolist() == [1, 1, 1, 2, 2, 0]     # slower
+
+
+def test_sound_says_when_units_are_said():
+    """An encoder of one-hot frames, whose tokens are therefore known."""
+    class Encoder(torch.nn.Module):
+        config = SimpleNamespace(dim=4)
+
+        def forward(self, x, lengths):
+            return torch.eye(4)[[0, 1, 1, 0, 2, 0, 3, 0]][None] * 9
+
+    clip = data.Clip("a", "bin", log_power=np.zeros((80, 16), np.float16))
+    unit_ids = {"rest": 0, "B": 1, "IH": 2, "N": 3}
+    heard = pretrain.heard_units(Encoder(), torch.nn.Identity(), [clip, replace(clip, text="x")], unit_ids, "cpu")
+    assert list(heard) == ["0"] and set(heard["0"].tolist()) == {1, 2, 3}
 
 
 def test_fit_lowers_the_loss_and_passes_over_parameters_without_gradient():

@@ -1,6 +1,7 @@
 """Stages 1 and 2: small frozen parts in place of those that somebody would have to download.
 
     stage 1  two encoders learn to tell phonemes apart                  in place of Whisper and AV-HuBERT
+             with --data they go on with real clips; what the audio encoder hears when, the video encoder learns to see
     stage 2  a tiny Llama learns, from text alone, to read a sentence   in place of Llama 3
              that is spelled in letters and to write it in words
 
@@ -14,7 +15,7 @@ import multiprocessing
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +25,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import batch, to_device
-from encoders import FPS
+from encoders import VideoConfig
 from mome import Llama
 from real.files import write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
-from toy.talker import LEXICON
+from toy.talker import LEXICON, talker_clips
 from toy.tokenizer import common_words
 
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
 LLM_BATCH = 16     # sentences in a step of stage 2
 MADE_UP = 0.45     # share of them that are random words: with fewer, the Llama learns the grammar and not the letters
+REACH = 6          # tokens of sound (20 ms each): a unit lasts so long before and after those in which CTC hears it
 
 
 def fit(name, parameters, loss_at, steps, lr):
@@ -86,25 +88,74 @@ def spell(text):
     return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
 
 
-def frame_units(clip, n_tokens, tokens_per_second, unit_ids):
-    """The unit in the middle of each of `n_tokens` tokens, by the clip's alignment -> (n_tokens,), 0 at rest."""
-    ends = torch.tensor([end for _, end in clip.aligned])
-    units = torch.tensor([unit_ids.get(phoneme, 0) for phoneme, _ in clip.aligned])
+def frame_units(aligned, n_tokens, tokens_per_second, unit_ids):
+    """The unit in the middle of each of `n_tokens` tokens, by an alignment as in data.Clip -> (n_tokens,), 0: rest."""
+    ends = torch.tensor([end for _, end in aligned])
+    units = torch.tensor([unit_ids.get(unit, 0) for unit, _ in aligned])
     middles = (torch.arange(n_tokens) + 0.5) / tokens_per_second
     return units[torch.searchsorted(ends, middles).clamp(max=len(units) - 1)]
 
 
-def train_encoder(stream, encoder, clips, units, steps, seed, device):
-    """Pretrain an encoder with an output layer that is thrown away afterwards -> its state dict.
+def best_path(log_probs, target):
+    """CTC's likeliest path (Viterbi) through log_probs (T, units + 1) for the units `target` (N,) -> (T,).
 
-    Aligned clips (the synthetic talker): cross-entropy with the phoneme at each token. Other clips: CTC."""
+    It is k in a token that says the k-th unit, counted from 1, and 0 in one that says none. None: T is too small."""
+    labels = torch.zeros(2 * len(target) + 1, dtype=torch.long)             # blank, unit, blank, unit, ..., blank
+    labels[1::2] = target
+    places = torch.arange(len(labels))
+    no_skip = (labels == labels.roll(2)) | (places < 2)                     # a blank, or a unit that is said twice
+    score, moves = log_probs[0, labels].masked_fill(places > 1, -math.inf), []
+    for gain in log_probs[1:, labels]:
+        before = F.pad(score, (2, 0), value=-math.inf)
+        ways = torch.stack([score, before[1:-1], before[:-2].masked_fill(no_skip, -math.inf)])
+        score, move = ways.max(0)                                           # move: places since the token before
+        score = score + gain
+        moves.append(move)
+    place = len(score) - 2 + int(score[-1] >= score[-2])                    # the last unit, or the blank after it
+    if score[place] == -math.inf:
+        return None
+    path = [place]
+    for move in reversed(moves):
+        path.append(path[-1] - int(move[path[-1]]))
+    path = torch.tensor(path[::-1])
+    return torch.where(path % 2 == 1, (path + 1) // 2, 0)
+
+
+def fill_out(path, reach):
+    """A path whose units are heard in a token or two -> one where they last, up to `reach` tokens to each side."""
+    heard = path.nonzero()[:, 0]
+    distance, nearest = (torch.arange(len(path))[:, None] - heard).abs().min(1)
+    return torch.where(distance <= reach, path[heard[nearest]], 0)
+
+
+def heard_units(encoder, head, clips, unit_ids, device):
+    """The unit of each token of sound, 0 at rest -> {"0": (T,) of the first clip, "1": ...}.
+
+    `head` is the layer that `encoder` has learned with by CTC. Clips too short for their words are left out."""
+    heard = {}
+    for i, clip in enumerate(tqdm(clips, "alignment", leave=False)):
+        x, lengths = to_device(batch([clip], ["audio"]), device)["audio"]
+        target = torch.tensor([unit_ids[unit] for unit in spell(clip.text) if unit in unit_ids])
+        with torch.no_grad():
+            log_probs = head(encoder(x, lengths))[0].log_softmax(-1).cpu()
+        path = best_path(log_probs, target) if len(target) else None
+        if path is not None:
+            heard[str(i)] = F.pad(target, (1, 0))[fill_out(path, REACH)]
+    return heard
+
+
+def train_encoder(stream, encoder, clips, units, steps, seed, device, alignments):
+    """Pretrain an encoder with an output layer -> its state dict. With real clips, that has the layer under "head.".
+
+    Aligned clips: cross-entropy with the unit at each token. Other clips: CTC. Aligned are those of the synthetic
+    talker and those in `alignments`, {a clip's name: its alignment}. Beside these, other clips are not used."""
     encoder.to(device).train()
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
-    tokens_per_second = 2 * FPS if stream == "audio" else FPS
+    clips = [clip for clip in clips if clip.name in alignments] or clips
+    is_real, aligned = not clips[0].aligned, bool(clips[0].aligned or clips[0].name in alignments)
     voices = [clip for clip in clips if clip.log_power is not None]
-    aligned = clips[0].aligned is not None
-    batch_size = 4 if aligned else 8
+    batch_size, lr = (8, 1.5e-3) if is_real else (4, 3e-3)
 
     def loss_at(step):
         chosen = read_drawn(clips, [stream], batch_size, f"{seed} {stream}", step)
@@ -112,8 +163,9 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device):
         x, lengths = to_device(batch(chosen, [stream], rng, voices), device)[stream]
         log_probs = head(encoder(x, lengths)).log_softmax(-1)                        # (B, T, units + 1)
         lengths = encoder.n_tokens(lengths)
-        if aligned:
-            targets = [frame_units(clip, n, tokens_per_second, unit_ids) for clip, n in zip(chosen, lengths.tolist())]
+        if aligned:                                          # a clip of another pace has more or fewer tokens a second
+            targets = [frame_units(clip.aligned or alignments[clip.name], n, n / clip.duration, unit_ids)
+                       for clip, n in zip(chosen, lengths.tolist())]
             targets = pad_sequence(targets, batch_first=True, padding_value=-100)
             return F.nll_loss(log_probs.flatten(0, 1), targets.flatten().to(device))
         targets = [torch.tensor([unit_ids[unit] for unit in spell(clip.text) if unit in unit_ids]) for clip in chosen]
@@ -121,8 +173,59 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device):
         return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(device), lengths.cpu(), target_lengths,
                           zero_infinity=True)
 
-    fit(f"stage 1, {stream} encoder", [*encoder.parameters(), *head.parameters()], loss_at, steps, 3e-3)
-    return encoder.eval().state_dict()
+    fit(f"stage 1, {stream} encoder", [*encoder.parameters(), *head.parameters()], loss_at, steps, lr)
+    layer = {f"head.{name}": x for name, x in head.state_dict().items()} if is_real else {}
+    return encoder.eval().state_dict() | layer
+
+
+@lru_cache(maxsize=1)
+def first_clips(count, seed, size):
+    """Clips of the synthetic talker, for both encoders."""
+    return talker_clips({"train": count}, seed, size)["train"]
+
+
+def begin_on_talker(stream, encoder, tested, config, cache, device):
+    """Load into an encoder what it learns from the synthetic talker. Real clips are few, and say no phoneme's time."""
+    def make():
+        clips = first_clips(config.clips, config.seed, getattr(encoder.config, "picture", VideoConfig.picture))
+        clips = [clip for clip in clips if clip.text not in tested]
+        units = sorted({unit for word in LEXICON for unit in spell(word)})
+        return train_encoder(stream, encoder, clips, units, steps, config.seed, device, {})
+
+    steps = getattr(config, f"{stream}_steps")
+    key = ["talker", config.seed, device.type, config.clips, asdict(encoder.config), steps, sorted(tested)]
+    encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
+
+
+def alignment(tokens, names, seconds):
+    """The units of a clip's tokens, as places in `names` -> its alignment as in data.Clip."""
+    ends = [t for t in range(1, len(tokens) + 1) if t == len(tokens) or tokens[t] != tokens[t - 1]]
+    return [(names[tokens[t - 1]], t * seconds / len(tokens)) for t in ends]
+
+
+def learn_encoder(stream, encoder, clips, units, digest, alignments, tested, config, cache, device):
+    """Train and load an encoder -> alignments for the next encoder: what is heard is what is to be seen."""
+    is_real = not clips[0].aligned
+    steps = config.ctc_steps if is_real else getattr(config, f"{stream}_steps")
+    torch.manual_seed(config.seed)
+    new = type(encoder)(encoder.config)
+    key = [config.seed, device.type, digest, asdict(encoder.config), steps]
+    if is_real:
+        begin_on_talker(stream, new, tested, config, cache, device)
+        key += [config.clips, config.audio_steps, config.video_steps, sorted(tested), bool(alignments), REACH]
+        torch.manual_seed(config.seed)                                   # the same, found in the cache or not
+    make = partial(train_encoder, stream, new, clips, units, steps, config.seed, device, alignments)
+    state = cached(cache, f"{stream}-encoder", key, make)
+    layer = {name[5:]: state.pop(name) for name in list(state) if name.startswith("head.")}
+    encoder.load_state_dict(state)
+    if stream == "video" or not is_real or any(isinstance(clip, Unread) for clip in clips):
+        return {}
+    head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
+    head.load_state_dict(layer)
+    names = ["rest", *units]
+    make = partial(heard_units, encoder.eval(), head, clips, {unit: i for i, unit in enumerate(names)}, device)
+    heard = [(clips[int(i)], tokens.tolist()) for i, tokens in cached(cache, "alignments", key, make).items()]
+    return {clip.name: alignment(tokens, names, clip.duration) for clip, tokens in heard}
 
 
 # --- stage 2: a small language model that can read letters -----------------------------------------------------------
@@ -179,15 +282,14 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
             make = partial(train_llm, Llama(plain.llm), texts, tested, tokenizer, plain, config.llm_steps, seed, device)
             key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
             llama = beside.submit(cached, cache, "llama", key, make)
+        alignments = {}
         for stream, encoder in model.encoders.items():
             if stream not in given:
                 usable = [clip for clip in clips if stream in clip.streams]
-                steps = getattr(config, f"{stream}_steps") if usable[0].aligned else config.ctc_steps
-                torch.manual_seed(seed)
-                make = partial(train_encoder, stream, type(encoder)(encoder.config), usable, units, steps, seed, device)
-                key = [seed, device.type, digest, asdict(encoder.config), steps]
-                encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
+                alignments = learn_encoder(stream, encoder, usable, units, digest, alignments, tested, config, cache,
+                                           device)
                 watch.lap(f"stage 1, {stream}")
+        first_clips.cache_clear()
         if "llm" not in given:
             missing, unexpected = model.llm.load_state_dict(llama.result(), strict=False)
             assert not unexpected and all(".mome." in name for name in missing), (missing, unexpected)
