@@ -22,6 +22,7 @@ MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babble at 0 dB": ("avsr", "0"),
               "sound and lips, babble at -5 dB": ("avsr", "-5"), "sound, clean": ("asr", "clean"),
               "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
+SHOWN = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips")}
 METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
            "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""), "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
 SINGLES = {"Llama-AVSR": "lora", "MoME-I": "mome"}     # a model for each pair of rates
@@ -86,15 +87,13 @@ def parameters(rows, columns):
 
 def by_variant(rows, train_rates, variants):
     """A line for each {title: (method, variant)}, a column for each of four conditions."""
-    names = "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips"
-    shown = {name: CONDITIONS[name] for name in names}
     lines = []
     for title, key in variants.items():
         of_variant = chosen(rows, method=key[0], variant=key[1], train_rates=train_rates)
         active = f"{int(of_variant[0]['active_params']):,}" if of_variant else "–"
-        cells = [cell(chosen(of_variant, task=task, snr_db=snr), task, train_rates) for task, snr in shown.values()]
+        cells = [cell(chosen(of_variant, task=task, snr_db=snr), task, train_rates) for task, snr in SHOWN.values()]
         lines.append([title, active, *cells])
-    return markdown(["WER %", "active", *shown], lines)
+    return markdown(["WER %", "active", *SHOWN], lines)
 
 
 def printed(rows):
@@ -107,7 +106,7 @@ def printed(rows):
         snr = None if row["snr_db"] == "clean" else float(row["snr_db"])
         own.append({"task": row["task"], "audio_rate": audio, "video_rate": video, "snr_db": snr, "wer": float(row["wer"]),
                     "tokens": float(row["tokens"])})
-    return "\n" + "".join(f"    {line}\n" for line in table(own).splitlines()) + "\n"
+    return "".join(f"    {line}\n" for line in table(own).splitlines())
 
 
 def tables(rows):
@@ -125,7 +124,7 @@ def tables(rows):
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),
-        "readme": by_condition(toy, "2,4,8", few, errors=False),
+        "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
         "main": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),

@@ -3,10 +3,12 @@ import json
 import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 
 import train
-from extras import experiments, plot
+from extras import experiments, own_decoder, plot
 from extras.experiments import LISTS, Trial
 from real.options import parse_options
 
@@ -94,3 +96,20 @@ def test_the_picture_of_tokens(tmp_path):
     plot.tokens_picture(figure, rows)
     (line, *_), = figure.axes[1].containers
     assert line.get_xdata().tolist() == [50, 100] and line.get_ydata().tolist() == [10, 20]
+
+
+def test_whispers_own_decoder_is_measured_on_the_test_split(tmp_path, monkeypatch, capsys):
+    """Its texts are normalised like all others. The decoder itself is transformers'."""
+    for split, name, text in (("train", "a", "one"), ("test", "b", "seven eight"), ("test", "c", "nine")):
+        folder = tmp_path / "clips" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / f"{name}.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+        (folder / f"{name}.txt").write_text(text)
+    monkeypatch.setattr(own_decoder, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(own_decoder, "transcribe_all", lambda folder, clips: [" Seven, eight." for _ in clips])
+    assert own_decoder.main(["whisper-base", str(tmp_path / "clips"), "--results", "numbers"]) == 0
+    assert "66.7 % WER of 3 words in 2 clips" in capsys.readouterr().out
+    row, = experiments.read_results(tmp_path / "results.csv")
+    assert (row["method"], row["data"], row["wer"], row["words"]) == ("whisper-base", "numbers", "0.66667", "3")
+    assert own_decoder.main(["whisper-base", str(tmp_path / "nowhere")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
