@@ -46,6 +46,7 @@ class Trial:
     flags: str = ""
     data: str = "synthetic"
     seeds: tuple[int, ...] = (0, 1, 2)
+    again: str = ""          # flags that test the finished model once more; the variant then names only these rows
     split: str = "test"      # valid: the validation clips after the last step; for what is still being chosen
 
 
@@ -75,11 +76,12 @@ def real_lists():
     """The lists with real voices and faces: one seed each."""
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
     one = dict(seeds=(0,))
+    both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500"
     return {
         "an4": [Trial(method, "4,8,16", "", f"--data {{shared}}/an4 {frozen}", "an4", **one)
                 for method in ("mome", "lora", "projectors")],
-        "open": [Trial(method, "4,8,16", "", f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500",
-                       "librispeech", **one) for method in ("mome", "projectors")],
+        "open": [Trial(method, "4,8,16", variant, both, "librispeech", again=again, **one)
+                 for method in ("mome", "projectors") for variant, again in (("", ""), ("beam 5", "--eval-only --beam 5"))],
         "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in ("mome", "lora", "projectors")]}
 
 
@@ -88,14 +90,15 @@ LISTS = toy_lists() | real_lists()
 
 def name_of(trial, seed):
     """The name of a run's folder."""
-    words = [trial.data, "" if trial.split == "test" else trial.split, trial.method, trial.rates.replace(":", "-"), trial.variant, f"seed {seed}"]
+    words = [trial.data, "" if trial.split == "test" else trial.split, trial.method, trial.rates.replace(":", "-"), "" if trial.again else trial.variant,
+             f"seed {seed}"]
     return "_".join(filter(None, words)).replace(" ", "-").replace(",", ".")
 
 
 def command(trial, seed, places):
     """The command of a run, as a list."""
     out = f"{places['runs']}/{name_of(trial, seed)}"
-    flags = shlex.split(trial.flags.format(**places))
+    flags = shlex.split(f"{trial.flags} {trial.again}".format(**places))
     return ["python", "train.py", "--rates", trial.rates, "--method", trial.method, "--seed", str(seed), *flags,
             "--cache", f"{places['runs']}/cache", "--out", out]
 

@@ -121,6 +121,8 @@ def tables(rows):
     causes = {f"{names[method]}, {name}": (method, name) for method, name in variants["causes"]}
     ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
+    opened = {f"{title}, {way}": (method, variant) for title, method in (("MoME", "mome"), ("projectors only", "projectors"))
+              for way, variant in (("greedy", ""), ("beam 5", "beam 5"))}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),
@@ -133,7 +135,7 @@ def tables(rows):
         "causes": by_variant(toy, "2,4,8", {"MoME": ("mome", ""), "LoRA": ("lora", "")} | causes),
         "ideas": by_condition(chosen(rows, data="synthetic", split="valid"), "2,4,8", ideas, heard),
         "an4": by_condition(chosen(tested, data="an4"), "4,8,16", few, clean),
-        "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", few, clean),
+        "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", opened, clean),
         "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
 
 
