@@ -4,7 +4,7 @@
     python -m extras.plot --check    only say which tables are not those of results.csv
 
 Numbers are WER in %: means over the seeds, with ± the standard error where there are several. Rates are those of training,
-in the order 2 / 4 / 8. A dash is a run that was not done. Pictures need matplotlib (extras/requirements.txt).
+in the order 2 / 4 / 8. Runs that were not done have no column or line. Pictures need matplotlib (extras/requirements.txt).
 """
 import argparse
 import re
@@ -54,7 +54,9 @@ def cell(rows, task, train_rates, errors=True):
 
 
 def markdown(header, lines):
-    """A table in markdown."""
+    """A table in markdown. Columns and lines of runs that were not done are left out before."""
+    if not lines or len(header) < 2:
+        return "*Not run yet.*\n"
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)) + "\n"
 
 
@@ -62,17 +64,14 @@ def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True,
     """A line for each task and noise, a column for each {title: (method, variant)}, trained once for all rates.
 
     singles: {title: method} for columns with a training for each pair of rates."""
-    singles = singles or {}
     pairs = [f"{audio}:{video}" for audio, video in parse_rates(train_rates)]
-    lines = []
-    for name, (task, snr) in conditions.items():
-        of_line = chosen(rows, task=task, snr_db=snr)
-        cells = [cell(chosen(of_line, method=method, variant=variant, train_rates=train_rates), task, train_rates, errors)
-                 for method, variant in columns.values()]
-        for title, method in singles.items():
-            cells.append(cell(chosen(of_line, method=method, variant="", train_rates=pairs), task, train_rates, errors))
-        lines.append([name, *cells])
-    return markdown(["WER %", *columns, *singles], lines)
+    of_columns = {title: chosen(rows, method=method, variant=variant, train_rates=train_rates)
+                  for title, (method, variant) in columns.items()}
+    of_columns |= {title: chosen(rows, method=method, variant="", train_rates=pairs) for title, method in (singles or {}).items()}
+    of_columns = {title: found for title, found in of_columns.items() if found}
+    lines = [[name, *(cell(chosen(found, task=task, snr_db=snr), task, train_rates, errors) for found in of_columns.values())]
+             for name, (task, snr) in conditions.items()]
+    return markdown(["WER %", *of_columns], lines)
 
 
 def parameters(rows, columns):
@@ -90,7 +89,9 @@ def by_variant(rows, train_rates, variants):
     lines = []
     for title, key in variants.items():
         of_variant = chosen(rows, method=key[0], variant=key[1], train_rates=train_rates)
-        active = f"{int(of_variant[0]['active_params']):,}" if of_variant else "–"
+        if not of_variant:
+            continue
+        active = f"{int(of_variant[0]['active_params']):,}"
         cells = [cell(chosen(of_variant, task=task, snr_db=snr), task, train_rates) for task, snr in SHOWN.values()]
         lines.append([title, active, *cells])
     return markdown(["WER %", "active", *SHOWN], lines)
