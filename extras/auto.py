@@ -53,7 +53,7 @@ def auto_decoder(task, config):
 def auto_plan(tasks, pairs, saved):
     """The plan of sample.evaluate for `auto` of a checkpoint, `saved` is its config. Its cost is compared with the trained
     rates, so `pairs`, the tested ones, must hold them."""
-    if "auto" in saved and not set(map(tuple, saved["rates"])) <= set(pairs):
+    if saved.get("auto") and not set(map(tuple, saved["rates"])) <= set(pairs):
         trained = ",".join(f"{audio}:{video}" for audio, video in saved["rates"])
         note(f"auto is tested only beside all trained rates: {trained}")
         return {}

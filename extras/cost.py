@@ -110,8 +110,9 @@ def costs(model, seconds, rates, beam, n_prompt):
 
     def decode():
         for stream, rate in rates.items():
-            n_pooled, width = math.ceil(inputs[stream][1] / rate), model.encoders[stream].config.dim
-            model.projectors[stream](torch.empty(n_pooled, width, device="meta"))
+            projector = model.projectors[stream]
+            width = next(module.in_features for module in projector.modules() if isinstance(module, torch.nn.Linear))
+            projector(torch.empty(math.ceil(inputs[stream][1] / rate), width, device="meta"))
         llm.logits(llm.hidden_states(embeddings(n_tokens + n_words))[:, -n_words:])
 
     def loss():

@@ -98,7 +98,7 @@ def name_of(trial, seed):
 def command(trial, seed, places):
     """The command of a run, as a list."""
     out = f"{places['runs']}/{name_of(trial, seed)}"
-    flags = shlex.split(f"{trial.flags} {trial.again}".format(**places))
+    flags = [word.format(**places) for word in shlex.split(f"{trial.flags} {trial.again}")]
     return ["python", "train.py", "--rates", trial.rates, "--method", trial.method, "--seed", str(seed), *flags,
             "--cache", f"{places['runs']}/cache", "--out", out]
 

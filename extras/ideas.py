@@ -10,17 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import ClipError
 from mome import MoME, Projector
 
 TEACHER = 0.5       # weight of the teacher's distribution, against the transcript
 
 
 def add_teacher(model, rate_sets):
-    """--method mome-teacher. The finest set of rates of each task comes first in a step; its distribution is kept, without
-    gradient, and the loss at the others is (1 - TEACHER) * cross-entropy + TEACHER * cross-entropy with that distribution."""
+    """--method mome-teacher. The finest set of rates of each task comes first in a step. Its distribution is kept, without
+    gradient. The loss at the others is (1 - TEACHER) * cross-entropy + TEACHER * cross-entropy with that distribution.
+
+    Raises ClipError if the finest set does not come first."""
     loss, logits, kept = model.loss, model.llm.logits, {}
     finest = {tuple(rates): min((other for other in rate_sets if set(other) == set(rates)), key=lambda r: sum(r.values()))
               for rates in rate_sets}
+    first = {tuple(rates): rates for rates in reversed(rate_sets)}
+    if first != finest:
+        raise ClipError("--method mome-teacher: name the finest rates first, like --rates 2,4,8")
 
     def keep_logits(hidden):
         kept["logits"] = logits(hidden)
@@ -58,9 +64,10 @@ class BiasedMoME(MoME):
     def balance_loss(self):
         probs, chosen, valid = self.routed
         weight = probs.new_ones(len(probs)) if valid is None else valid.reshape(-1).to(probs)
-        load = self.sum_counts(weight @ torch.zeros_like(probs).scatter(1, chosen, 1.0))
-        excess = self.n_routed * load / load.sum().clamp(min=1) - 1
-        return (self.bias * excess).sum()            # its gradient is the excess load
+        load = weight @ torch.zeros_like(probs).scatter(1, chosen, 1.0)
+        total = self.sum_counts(load).sum().clamp(min=1)                  # of all processes, whose gradients add up
+        excess = (self.n_routed * load - load.sum()) / total
+        return (self.bias * excess).sum()                                 # its gradient is the excess load
 
 
 def add_bias(model):

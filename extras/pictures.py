@@ -1,7 +1,7 @@
 """The pictures of the README, from what train.py wrote. They need matplotlib (extras/requirements.txt).
 
     python -m extras.pictures clip out --save docs/clip.png                                a clip as the model sees it
-    python -m extras.pictures tokens out out-lora out-projectors --save docs/tokens.png    WER over the tokens read
+    python -m extras.pictures tokens out out-lora out-projectors --save tokens.png         WER over the tokens read
     python -m extras.pictures routing out --save docs/routing.png                          experts by layer and rate
     python -m extras.pictures agreement out --save docs/agreement.png                      see extras/routing.py
     python -m extras.pictures similarity out --save docs/similarity.png                    see extras/routing.py

@@ -43,10 +43,15 @@ def spread(values):
 
 
 def cell(rows, task, train_rates, errors=True):
-    """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates; a dash if there are none."""
+    """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates; a dash if there are none.
+
+    Several trainings with one seed count as one value, their mean."""
     entries = []
     for rates in task_rates(task, parse_rates(train_rates)):
-        values = [float(row["wer"]) for row in chosen(rows, rates=":".join(map(str, rates.values())))]
+        seeds = {}
+        for row in chosen(rows, rates=":".join(map(str, rates.values()))):
+            seeds.setdefault(row["seed"], []).append(float(row["wer"]))
+        values = [statistics.fmean(of_seed) for of_seed in seeds.values()]
         mean, error = spread(values) if values else (None, None)
         shown = "–" if mean is None else f"{mean:.1f}"
         entries.append(shown if error is None or not errors else f"{shown} ± {error:.1f}")

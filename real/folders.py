@@ -28,6 +28,7 @@ from real.media import SOUND_SUFFIXES, clip_error
 MAX_LETTERS = 50     # in a second of speech
 MAX_READ = 5000      # a folder with more training clips is large
 FIRST_READ = 100     # training clips of a large folder that are read at the start
+MAX_MISSES = 1000    # clips that are drawn in place of one
 MAX_TEST = 1000      # test clips, about, where the split is ours
 
 
@@ -115,8 +116,13 @@ def read_drawn(clips, streams, size, seed, step):
     clips are a function of the files, the seed and the step."""
     rng, chosen = random.Random(f"{seed} {step} instead"), read_all(drawn_clips(clips, size, seed, step))
     for i, clip in enumerate(chosen):
-        while clip is None or not set(streams) <= set(clip.streams):
+        for _ in range(MAX_MISSES):
+            if clip is not None and set(streams) <= set(clip.streams):
+                break
             [clip] = read_all([rng.choice(clips)])
+        else:
+            raise ClipError(f"of {MAX_MISSES} clips none has {' and '.join(streams)}, the last is {shown(clips[-1].name)}; "
+                            "choose other --tasks")
         chosen[i] = clip
     return chosen
 

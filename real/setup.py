@@ -49,6 +49,8 @@ def check_config(config):
         raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
     if config.checkpointing and config.method in ("mome-routers", "lora-ms", "lora-mss"):
         raise ValueError(f"--checkpointing: not with --method {config.method}, whose layers have a copy for each set of rates")
+    if config.method in ("mome-routers", "mome-bias") and not config.n_routed:
+        raise ValueError(f"--method {config.method} is about the router: --n-routed must be 1 or more")
     if config.method == "mome-teacher" and config.rates_per_step == "1":
         raise ValueError("--method mome-teacher: the finest rate teaches the others in the same step, so --rates-per-step is all")
     if config.preset and not config.dry_run and len(config.real_paths) < 3:

@@ -71,6 +71,13 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, 
         experiments.main(["three"])
 
 
+@pytest.mark.parametrize("method", ["mome-places", "lora-mss", "mome-routers"])
+def test_the_flops_of_every_kind_of_model_are_counted(method):
+    config = parse_options(train.TrainConfig, ["--rates", "2,4", "--method", method], "", "", train.PRESETS, train.check_config)
+    fine, coarse = (experiments.flops_at(config, {"audio": rate, "video": rate}) for rate in (2, 4))
+    assert fine > coarse > 1e8
+
+
 def test_tables_are_means_over_seeds():
     rows = [dict.fromkeys(experiments.COLUMNS, "") | {
         "method": "mome", "data": "synthetic", "train_rates": "2,4", "rates": rates, "task": "asr", "snr_db": "clean", "seed": seed, "wer": wer}
@@ -78,7 +85,7 @@ def test_tables_are_means_over_seeds():
     assert plot.cell(rows, "asr", "2,4,8") == "2.0 ± 0.6 / 50.0 / –"
     assert plot.cell(rows, "asr", "2,4", errors=False) == "2.0 / 50.0"
     text = plot.by_condition(rows, "2,4", {"MoME": ("mome", ""), "LoRA": ("lora", "")}, {"sound": ("asr", "clean")})
-    assert text.splitlines()[2] == "| sound | 2.0 ± 0.6 / 50.0 | – / – |"
+    assert text.splitlines()[2] == "| sound | 2.0 ± 0.6 / 50.0 |"
     page = "before\n<!-- results: main -->\nold\n<!-- end -->\nafter\n"
     assert plot.updated(page, {"main": "new\n"}) == page.replace("old", "new")
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from data import ClipError
 from extras import baselines, ideas
 
 RATES = [{"audio": 2, "video": 2}, {"audio": 4, "video": 4}, {"audio": 2}, {"audio": 4}]
@@ -32,6 +33,11 @@ def test_the_teacher_is_the_finest_rate(tiny):
     ideas.add_teacher(tiny, RATES)
     assert tiny.loss(encoded, transcripts, RATES[2])[0].item() == pytest.approx(fine)
     assert tiny.loss(encoded, transcripts, RATES[3])[0].item() == pytest.approx(coarse / 2 + taught / 2, rel=1e-5)
+
+
+def test_the_finest_rate_must_come_first(tiny):
+    with pytest.raises(ClipError, match="name the finest rates first"):
+        ideas.add_teacher(tiny, RATES[::-1])
 
 
 def test_a_bias_moves_choices_and_not_gates(tiny):

@@ -30,7 +30,7 @@ from mome import Llama
 from real.files import write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
-from toy.talker import LEXICON, talker_clips
+from toy.talker import LEXICON, grid_sentences, talker_clips
 from toy.tokenizer import common_words
 
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
@@ -148,11 +148,13 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device, alignments
     """Pretrain an encoder with an output layer -> its state dict. With real clips, that has the layer under "head.".
 
     Aligned clips: cross-entropy with the unit at each token. Other clips: CTC. Aligned are those of the synthetic
-    talker and those in `alignments`, {a clip's name: its alignment}. Beside these, other clips are not used."""
+    talker and those in `alignments`, {a clip's name: its alignment}. If these are more than half, other clips are
+    not used; if they are fewer, alignments are not."""
     encoder.to(device).train()
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
-    clips = [clip for clip in clips if clip.name in alignments] or clips
+    taught = [clip for clip in clips if clip.name in alignments]
+    clips, alignments = (taught, alignments) if 2 * len(taught) > len(clips) else (clips, {})
     is_real, aligned = not clips[0].aligned, bool(clips[0].aligned or clips[0].name in alignments)
     voices = [clip for clip in clips if clip.log_power is not None]
     batch_size, lr = (8, 1.5e-3) if is_real else (4, 3e-3)
@@ -193,6 +195,7 @@ def begin_on_talker(stream, encoder, tested, config, cache, device):
         return train_encoder(stream, encoder, clips, units, steps, config.seed, device, {})
 
     steps = getattr(config, f"{stream}_steps")
+    tested = tested & set(grid_sentences("train"))           # what the talker says
     key = ["talker", config.seed, device.type, config.clips, asdict(encoder.config), steps, sorted(tested)]
     encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
 
@@ -203,8 +206,8 @@ def alignment(tokens, names, seconds):
     return [(names[tokens[t - 1]], t * seconds / len(tokens)) for t in ends]
 
 
-def learn_encoder(stream, encoder, clips, units, digest, alignments, tested, config, cache, device):
-    """Train and load an encoder -> alignments for the next encoder: what is heard is what is to be seen."""
+def learn_encoder(stream, encoder, clips, units, digest, alignments, tested, config, cache, device, teaches):
+    """Train and load an encoder -> alignments for the next one, if it `teaches`: what is heard is what is to be seen."""
     is_real = not clips[0].aligned
     steps = config.ctc_steps if is_real else getattr(config, f"{stream}_steps")
     torch.manual_seed(config.seed)
@@ -218,11 +221,11 @@ def learn_encoder(stream, encoder, clips, units, digest, alignments, tested, con
     state = cached(cache, f"{stream}-encoder", key, make)
     layer = {name[5:]: state.pop(name) for name in list(state) if name.startswith("head.")}
     encoder.load_state_dict(state)
-    if stream == "video" or not is_real or any(isinstance(clip, Unread) for clip in clips):
+    if not teaches or not is_real or any(isinstance(clip, Unread) for clip in clips):
         return {}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
     head.load_state_dict(layer)
-    names = ["rest", *units]
+    names = ["", *units]                                                 # a transcript may have the word rest
     make = partial(heard_units, encoder.eval(), head, clips, {unit: i for i, unit in enumerate(names)}, device)
     heard = [(clips[int(i)], tokens.tolist()) for i, tokens in cached(cache, "alignments", key, make).items()]
     return {clip.name: alignment(tokens, names, clip.duration) for clip, tokens in heard}
@@ -286,8 +289,9 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
         for stream, encoder in model.encoders.items():
             if stream not in given:
                 usable = [clip for clip in clips if stream in clip.streams]
+                teaches = stream == "audio" and "video" in set(model.encoders) - set(given)
                 alignments = learn_encoder(stream, encoder, usable, units, digest, alignments, tested, config, cache,
-                                           device)
+                                           device, teaches)
                 watch.lap(f"stage 1, {stream}")
         first_clips.cache_clear()
         if "llm" not in given:
