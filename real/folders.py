@@ -93,10 +93,10 @@ class Unread(Clip):
         return self.unusable.add(self.entry, clip) if isinstance(clip, ClipError) else clip
 
     def stamp(self):
-        """Size and time of its file, in bytes; another file has another. None are those of a missing file."""
+        """Sizes and times of its files, as bytes: another file has others. A missing file has none."""
         try:
-            stat = os.stat(self.entry.path)
-            return f"{stat.st_size} {stat.st_mtime_ns}".encode()
+            stats = [os.stat(path) for path in (self.entry.path, self.entry.sound) if path]
+            return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats).encode()
         except OSError:
             return b""
 
