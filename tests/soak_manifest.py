@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300, help="of stage 3 (default %(default)s)")
     parser.add_argument("more", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args()
-    argv = ["--snr", "clean", "--ctc-steps", "2", "--llm-steps", "2", "--save-every", "60", *args.more]
+    argv = ["--snr", "clean", *"--clips 12 --audio-steps 2 --video-steps 2".split(), "--ctc-steps", "2", "--llm-steps", "2", "--save-every", "60", *args.more]
     with tempfile.TemporaryDirectory() as folder:
         source = args.source or Path(folder, "clips")
         if not args.source:

@@ -15,7 +15,7 @@ from real.features import Features
 from real.folders import Unread, entries, folder_clips, read_all, read_drawn
 from toy.pretrain import clips_digest
 
-JOB = "--tasks asr --rates 4,8 --ctc-steps 2 --llm-steps 2 --steps 6 --max-bad 40 --snr clean --batch-size 3".split()
+JOB = "--tasks asr --rates 4,8 --clips 12 --audio-steps 2 --ctc-steps 2 --llm-steps 2 --steps 6 --max-bad 40 --snr clean --batch-size 3".split()
 N_CLIPS = 24     # of the training split
 
 

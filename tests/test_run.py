@@ -241,11 +241,9 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(whole, module, capsys, monkeypa
 
 # --- parts of a step, processes ---
 
-def test_a_step_in_parts_has_the_same_loss(whole, monkeypatch):
-    outs = whole.parent / "in-parts", whole.parent / "undivided"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "BALANCE_WEIGHT", 0)              # balance is that of a part
-        assert train.main(command(outs[0], "--accumulate", 2, "--checkpointing")) == train.main(command(outs[1])) == 0
+def test_a_step_in_parts_has_the_same_loss(whole):
+    outs, even = (whole.parent / "in-parts", whole.parent / "undivided"), ("--balance", 0)     # balance is that of a part
+    assert train.main(command(outs[0], "--accumulate", 2, "--checkpointing", *even)) == train.main(command(outs[1], *even)) == 0
     assert losses(outs[0]) == pytest.approx(losses(outs[1]), abs=1e-4)
 
 

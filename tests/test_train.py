@@ -212,8 +212,7 @@ def test_frozen_parts_are_found_after_a_comment_in_mome_changes(trained, tmp_pat
     assert done.returncode == 0 and done.stdout.count("found in") == 3, done.stderr
 
 
-ADAPTERS = {"projectors": ("MoME 0 (0 active", 0), "lora": ("LoRA 28,672 (28,672 active", 4 * 4 * 2),
-            "lora-mss": ("LoRA 200,704 (57,344 active", 7 * 4 * 4 * 2),
+ADAPTERS = {"projectors": ("MoME 0 (0 active", 0), "lora-mss": ("LoRA 200,704 (57,344 active", 7 * 4 * 4 * 2),
             "mome-routers": ("MoME 103,200 (30,304 active", 4 * (4 + 6))}     # 2 sets of rates for each of 3 tasks
 
 
