@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from data import TASKS
@@ -118,9 +119,10 @@ def done(path):
     return {tuple(row[name] for name in KEY): float(row["seconds"]) for row in read_results(path)}
 
 
+@lru_cache
 def flops_at(config, rates):
-    """FLOPs of a clip of CLIP_SECONDS with the model of a TrainConfig at these rates."""
-    model = model_of(config)
+    """FLOPs of a clip of CLIP_SECONDS with the model of a TrainConfig at these rates, ((stream, rate), ...)."""
+    model, rates = model_of(config), dict(rates)
     RATES.set(rates)
     cost = costs(model, CLIP_SECONDS, rates, 1, prompt_tokens(config))
     return cost["encoder_flops"] + cost["llm_flops"]
@@ -141,7 +143,7 @@ def rows_of_run(trial, seed, out):
             "snr_db": "clean" if row["snr_db"] is None else f"{row['snr_db']:g}",
             "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": counts["adapter"],
             "active_params": counts["active"], "tokens": f"{row['tokens']:.1f}",
-            "flops": "" if is_auto else f"{flops_at(config, rates):.3g}", "seconds": f"{sum(metrics['seconds'].values()):.0f}"})
+            "flops": "" if is_auto else f"{flops_at(config, tuple(rates.items())):.3g}", "seconds": f"{sum(metrics['seconds'].values()):.0f}"})
     return rows
 
 

@@ -74,7 +74,7 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("method", ["mome-places", "lora-mss", "mome-routers"])
 def test_the_flops_of_every_kind_of_model_are_counted(method):
     config = parse_options(train.TrainConfig, ["--rates", "2,4", "--method", method], "", "", train.PRESETS, train.check_config)
-    fine, coarse = (experiments.flops_at(config, {"audio": rate, "video": rate}) for rate in (2, 4))
+    fine, coarse = (experiments.flops_at(config, (("audio", rate), ("video", rate))) for rate in (2, 4))
     assert fine > coarse > 1e8
 
 
