@@ -25,7 +25,7 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # th
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 WORD = regex.compile("L+(?:'L+)*".replace("L", r"[\p{L}\p{M}\p{N}\u200c\u200d]"))  # joiners: Persian, Hindi
-PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'") | dict.fromkeys("\u00ad\u2060\u200e\u200f"))  # the unseen
+PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'") | dict.fromkeys("\u00ad\u2060\u200e\u200f"))
 
 
 class ClipError(ValueError):
@@ -240,7 +240,7 @@ def drawn_clips(clips, size, seed, step):
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
-    Training, WER and transcripts share it. Unicode's NFC makes equal words equal, in whatever encoding."""
+    Hidden marks are dropped. NFC makes equal words equal. Training, WER and transcripts share this."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     return " ".join(WORD.findall(text.translate(PLAIN)))
 

@@ -8,10 +8,10 @@
 A run that was stopped goes on where it was (real/run.py). Stages 1 and 2 and encoded clips are shared in RUNS/cache. Lists
 of real clips need their folders in --shared, and those of a real LLM and Whisper need --llm and --audio-encoder.
 
-A row of results.csv is one WER of one run, on test clips:
+A row of results.csv is one WER of one run:
 variant: what differs from the defaults. data: the clips. train_rates: --rates. rates: audio:video or those of the one
 stream, or auto. tokens: mean over clips, read by the LLM before the first word. flops: of a clip of 3 s at these rates, encoders
-and LLM (extras/cost.py). seconds: of the whole run. split: test, or valid for what was still being chosen.
+and LLM (extras/cost.py). seconds: of the whole run, whatever else the machine did. split: test, or valid for what was still being chosen.
 """
 import argparse
 import csv
@@ -91,8 +91,8 @@ LISTS = toy_lists() | real_lists()
 
 def name_of(trial, seed):
     """The name of a run's folder."""
-    words = [trial.data, "" if trial.split == "test" else trial.split, trial.method, trial.rates.replace(":", "-"), "" if trial.again else trial.variant,
-             f"seed {seed}"]
+    split, variant = trial.split.removeprefix("test"), "" if trial.again else trial.variant
+    words = [trial.data, split, trial.method, trial.rates.replace(":", "-"), variant, f"seed {seed}"]
     return "_".join(filter(None, words)).replace(" ", "-").replace(",", ".")
 
 

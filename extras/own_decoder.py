@@ -52,7 +52,7 @@ def main(argv=None):
         return 2
     references = [clip.text for clip in clips]
     wer, n_words = jiwer.wer(references, texts), len(" ".join(references).split())
-    print(f"{100 * wer:.1f} % WER of {n_words} words in {len(clips)} clips")
+    print(f"{100 * wer:.1f} % WER of {n_words} words in {len(clips)} of {len(listed)} clips")
     if args.results:
         seconds = f"{time.perf_counter() - began:.0f}"
         append([dict.fromkeys(COLUMNS, "") | {

@@ -22,9 +22,11 @@ MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babble at 0 dB": ("avsr", "0"),
               "sound and lips, babble at -5 dB": ("avsr", "-5"), "sound, clean": ("asr", "clean"),
               "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
-SHOWN = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips")}
+SHOWN = {name: CONDITIONS[name] for name in (
+    "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips")}
 METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
-           "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""), "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
+           "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""),
+           "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
 SINGLES = {"Llama-AVSR": "lora", "MoME-I": "mome"}     # a model for each pair of rates
 STYLES = {"MoME": "tab:blue", "LoRA (MTSK SS)": "tab:orange", "projectors only": "tab:green"}
 
@@ -103,7 +105,7 @@ def by_variant(rows, train_rates, variants):
 
 
 def printed(rows):
-    """The table that train.py printed for seed 0."""
+    """The table of the default job with seed 0, as train.py prints it."""
     own = []
     for row in chosen(rows, method="mome", variant="", train_rates="2,4,8", seed="0"):
         rates = row["rates"].split(":")
@@ -120,8 +122,9 @@ def tables(rows):
     tested = chosen(rows, split="test")
     toy, few = chosen(tested, data="synthetic"), {title: METHODS[title] for title in STYLES}
     default = {"8 routed, 1 shared, bottleneck 8, beside attention": ("mome", "")}
-    variants = {name: [(trial.method, trial.variant) for trial in LISTS[name]] for name in ("sharing", "experts", "causes")}
-    sharing = {"a router for each set of rates": ("mome-routers", ""), "a projector for each rate": ("mome", "projector per rate")}
+    variants = {name: [(trial.method, trial.variant) for trial in LISTS[name]] for name in ("experts", "causes")}
+    sharing = {"a router for each set of rates": ("mome-routers", ""),
+               "a projector for each rate": ("mome", "projector per rate")}
     experts = {name: (method, name) for method, name in variants["experts"]}
     names = {"mome": "MoME", "lora": "LoRA"}
     causes = {f"{names[method]}, {name}": (method, name) for method, name in variants["causes"]}

@@ -47,9 +47,9 @@ def is_first():
 
 @contextmanager
 def no_collector():
-    """In this block the garbage collector rests: it would look at 100,000 new objects again and again.
+    """In this block the garbage collector rests. It would look at 100,000 new objects again and again.
 
-    Nor does it look at them later: they stay."""
+    It does not look at them after the block either, because they stay."""
     gc.disable()
     try:
         yield

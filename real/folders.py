@@ -65,7 +65,7 @@ class Unusable:
 
     def __init__(self, folder, n_clips, max_bad):
         self.folder, self.n_clips, self.max_bad = folder, n_clips, max_bad
-        self.found = set()     # the ids of their Entries: a table may list a clip twice
+        self.found = set()     # ids of Entries, because a table may list a clip twice
 
     def add(self, entry, error):
         """Note a clip that cannot be used. Raises ClipError if it is one too many."""

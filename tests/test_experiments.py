@@ -116,7 +116,7 @@ def test_whispers_own_decoder_is_measured_on_the_test_split(tmp_path, monkeypatc
     monkeypatch.setattr(own_decoder, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(own_decoder, "transcribe_all", lambda folder, clips: [" Seven, eight." for _ in clips])
     assert own_decoder.main(["whisper-base", str(tmp_path / "clips"), "--results", "numbers"]) == 0
-    assert "66.7 % WER of 3 words in 2 clips" in capsys.readouterr().out
+    assert "66.7 % WER of 3 words in 2 of 2 clips" in capsys.readouterr().out
     row, = experiments.read_results(tmp_path / "results.csv")
     assert (row["method"], row["data"], row["wer"], row["words"]) == ("whisper-base", "numbers", "0.66667", "3")
     assert own_decoder.main(["whisper-base", str(tmp_path / "nowhere")]) == 2
