@@ -8,6 +8,7 @@ a media file (real/clips.py). From the command line:
 
 Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 """
+from real.script import run_script  # before torch: Ctrl-C then ends quietly at any time
 import random
 import unicodedata
 from dataclasses import dataclass, replace
@@ -253,5 +254,4 @@ def load_tokenizer(folder):
 
 if __name__ == "__main__":
     from real.clips import main     # the command line; real/clips.py imports this module
-    from real.files import run_script
     run_script(main)

@@ -10,6 +10,7 @@ of its pieces are joined. From Python: `sample.transcribe("clip.mp4")`.
 
 Axes: B batch, T time, D width, V vocabulary, W beams, S slots of the cache, H heads.
 """
+from real.script import run_script  # before torch: Ctrl-C then ends quietly at any time
 import json
 import operator
 import sys
@@ -28,7 +29,7 @@ from encoders import valid_mask
 from real import media
 from real.checkpoint import FLAGS, load_for_use, reading
 from real.clips import alike, choose_task, read_pieces
-from real.files import note, run_script, shown
+from real.files import note, shown
 from real.options import check_sample_options, parse_sample_options
 from real.report import error_rates
 from real.run import shared
@@ -132,8 +133,7 @@ def decode(model, encoded, rates, beam=1):
     prefixes = model.prefix(encoded, rates)
     config = model.config
     hypotheses = generate(model.llm, prefixes, config.eos, beam, config.max_tokens)
-    pairs = zip(hypotheses, prefixes)
-    return [(ids, logprob, rates, len(prefix)) for (ids, logprob), prefix in pairs]
+    return [(ids, logprob, rates, len(prefix)) for (ids, logprob), prefix in zip(hypotheses, prefixes)]
 
 
 def decoder_at(rate, task, config):

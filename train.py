@@ -12,6 +12,7 @@
 
 --cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets our test sentences or talkers.
 """
+from real.script import run_script  # before torch: Ctrl-C then ends quietly at any time
 import math
 import random
 import sys
@@ -28,7 +29,7 @@ from extras.auto import auto_plan, calibrate
 from extras.baselines import METHODS, add_adapter
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
-from real.files import ERRORS, run_script, write_json
+from real.files import ERRORS, write_json
 from real.folders import read_drawn
 from real.options import flag, parse_options, parse_snrs
 from real.report import Stopwatch, parameter_line, table
@@ -254,8 +255,7 @@ def run(config):
 
 
 def main(argv=None):
-    usage = "train.py [--rates 2,4,8] [flags, see --help]"
-    config = parse_options(TrainConfig, argv, __doc__, usage, PRESETS, check_config)
+    config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] ...", PRESETS, check_config)
     try:
         with threads(0.5), processes(config.device):        # two things run side by side in every stage
             run(config)

@@ -27,7 +27,8 @@ from data import TASKS
 from extras.baselines import METHODS, RATES
 from extras.cost import costs, model_of, prompt_tokens
 from extras.ideas import IDEAS
-from real.files import read_json, run_script, write_whole
+from real.files import read_json, write_whole
+from real.script import run_script
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def real_lists():
     one = dict(seeds=(0,))
     both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500"
     return {
-        "an4": [Trial(method, "4,8,16", "", f"--data {{shared}}/an4 {frozen}", "an4", **one)
+        "an4": [Trial(method, "4,8,16", "", f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --steps 1800", "an4", **one)
                 for method in ("mome", "lora", "projectors")],
         "open": [Trial(method, "4,8,16", variant, both, "librispeech", again=again, **one)
                  for method in ("mome", "projectors") for variant, again in (("", ""), ("beam 5", "--eval-only --beam 5"))],

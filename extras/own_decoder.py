@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import ClipError, normalize
 from extras.experiments import COLUMNS, RESULTS, append
-from real.files import run_script
+from real.script import run_script
 from real.folders import entries, read_entries
 
 BATCH = 8       # clips that are decoded together

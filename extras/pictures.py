@@ -17,7 +17,8 @@ from data import TASKS, TOKENS_PER_SECOND, batch, task_rates, to_device
 from extras.routing import agreement_picture, agreements, prefix_choices, similarity_picture
 from real.checkpoint import load_for_use, reading
 from real.clips import choose_task, read_clip
-from real.files import read_json, run_script, write_whole
+from real.files import read_json, write_whole
+from real.script import run_script
 from real.media import SUFFIXES
 from toy.talker import talker_clip
 

@@ -14,7 +14,8 @@ import sys
 from data import parse_rates, task_rates
 from extras.experiments import LISTS, RESULTS, ROOT, read_results
 from extras.ideas import IDEAS
-from real.files import run_script, write_whole
+from real.files import write_whole
+from real.script import run_script
 from real.report import table
 
 PAGES = "README.md", "docs/results.md", "docs/real.md"

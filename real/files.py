@@ -1,4 +1,4 @@
-"""Small helpers that many files share: errors, messages, files that are written as a whole, and the end of a script."""
+"""Small helpers that many files share: errors, messages, and files that are written as a whole."""
 import errno
 import gc
 import json
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -129,23 +128,3 @@ def read_json(path):
         return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: not readable as JSON: {error}") from None
-
-
-def run_script(main):
-    """Call main() and exit with its code. Ctrl-C and a closed pipe end the script without a traceback.
-
-    A letter that the terminal's encoding lacks is printed as its escape sequence, not as an error."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
-    except torch.OutOfMemoryError as error:
-        print(f"{Path(sys.argv[0]).name}: not enough memory on the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:  # as in `python sample.py ... | head -1`; without this, flushing stdout fails at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)

@@ -214,20 +214,35 @@ def children(process):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs ps")
-def test_workers_end_with_a_killed_parent(tmp_path):
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(kill, tmp_path):
     argv = [sys.executable, ROOT / "train.py", *TRAINED, "--clips", "3000", "--out", tmp_path / "out"]
-    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 60
     while len(workers := children(parent.pid)) < 2 and time.monotonic() < until:
         time.sleep(0.2)
     time.sleep(3)                        # the workers have begun to import
     workers |= children(parent.pid)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    if kill == signal.SIGKILL:
+        parent.send_signal(kill)
+    else:
+        os.killpg(parent.pid, kill)      # as a terminal does: Ctrl-C reaches the workers too
+    said = parent.communicate()[1]
     until = time.monotonic() + 60
     while any(os.path.isdir(f"/proc/{pid}") for pid in workers) and time.monotonic() < until:
         time.sleep(0.2)
     assert workers and not [pid for pid in workers if os.path.isdir(f"/proc/{pid}")]
+    assert "Traceback" not in said and parent.returncode == (130 if kill == signal.SIGINT else -kill)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "data.py"])
+def test_ctrl_c_while_torch_is_imported(script, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, ROOT / script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch can use the GPU")

@@ -1,0 +1,42 @@
+"""How a script ends. Scripts import this file before torch: Ctrl-C then ends them without a traceback at any time."""
+import os
+import signal
+import sys
+from multiprocessing import current_process
+from pathlib import Path
+
+SCRIPTS = "train.py", "sample.py", "data.py"
+
+
+def quiet_imports():
+    """While our scripts import torch, Ctrl-C ends them at once. Worker processes leave Ctrl-C to their parent."""
+    is_parent = current_process().name == "MainProcess"     # parent_process() knows it only after the imports
+    if Path(sys.argv[0]).name in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if is_parent else signal.SIG_IGN)
+
+
+def run_script(main):
+    """Call main() and exit with its code. Ctrl-C and a closed pipe end the script without a traceback.
+
+    A letter that the terminal's encoding lacks is printed as its escape sequence, not as an error."""
+    import torch
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except torch.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: not enough memory on the GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # as in `python sample.py ... | head -1`; without this, flushing stdout fails at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+quiet_imports()
