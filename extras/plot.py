@@ -15,8 +15,8 @@ from data import parse_rates, task_rates
 from extras.experiments import LISTS, RESULTS, ROOT, read_results
 from extras.ideas import IDEAS
 from real.files import write_whole
-from real.script import run_script
 from real.report import table
+from real.script import run_script
 
 PAGES = "README.md", "docs/results.md", "docs/real.md"
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,6 +25,7 @@ CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babbl
               "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
 SHOWN = {name: CONDITIONS[name] for name in (
     "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips")}
+SUMMED = ("avsr", "clean"), ("avsr", "-5"), ("vsr", "clean")     # the conditions of the sentence below README's table
 METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
            "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""),
            "MTSK MSS": ("lora-mss", ""), "projectors only": ("projectors", "")}
@@ -118,6 +119,24 @@ def printed(rows):
     return "".join(f"    {line}\n" for line in table(own).splitlines())
 
 
+def summary(rows, train_rates="2,4,8"):
+    """A sentence: the errors of LoRA and of projectors only as multiples of MoME's, over the seeds that all three have."""
+    of_methods = {method: chosen(rows, method=method, variant="", train_rates=train_rates) for method in ("mome", "lora", "projectors")}
+    seeds = set.intersection(*({row["seed"] for row in found} for found in of_methods.values()))
+
+    def errors(method):
+        found = chosen(of_methods[method], seed=list(seeds))
+        found = [row for row in found if (row["task"], row["snr_db"]) in SUMMED and row["rates"] != "auto"]
+        return sum(float(row["wer"]) * int(row["words"]) for row in found)
+
+    if not seeds:
+        return "*Not run yet.*\n"
+    lora, projectors = (errors(method) / errors("mome") for method in ("lora", "projectors"))
+    return (f"At rates 2 / 4 / 8, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}; ±: [docs/results.md](docs/results.md). "
+            f"Of sound with lips, clean and at -5 dB, and\nlips alone, all rates together, LoRA makes {lora:.2f} times MoME's errors, "
+            f"projectors alone {projectors:.1f} times.\n")
+
+
 def tables(rows):
     """results.csv -> {name: its text}."""
     tested = chosen(rows, split="test")
@@ -137,6 +156,7 @@ def tables(rows):
     return {
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
+        "summary": summary(toy),
         "main": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),
