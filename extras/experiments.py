@@ -1,17 +1,22 @@
-"""The runs behind the tables of README.md and docs/: named lists of commands of train.py. Results go to extras/results.csv.
+"""The runs behind the tables of README.md and docs/: named lists of commands. Results go to extras/results.csv.
 
     python -m extras.experiments --list               every run: its command, and its time or "not run"
     python -m extras.experiments main                 do the runs of a list that are not in results.csv yet
     python -m extras.experiments main --seeds 0       only some seeds
     python -m extras.plot                             make the tables and pictures from results.csv
 
-A run that was stopped goes on where it was (real/run.py). Stages 1 and 2 and encoded clips are shared in RUNS/cache. Lists
-of real clips need their folders in --shared, and those of a real LLM and Whisper need --llm and --audio-encoder.
+A run that was stopped goes on where it was (real/run.py). Stages 1 and 2 and encoded clips are shared in RUNS/cache.
+Lists of real clips need their folders in --shared, and those of a real LLM and Whisper need --llm and --audio-encoder.
 
-A row of results.csv is one WER of one run:
-variant: what differs from the defaults. data: the clips. train_rates: --rates. rates: audio:video or those of the one
-stream, or auto. tokens: mean over clips, read by the LLM before the first word. flops: of a clip of 3 s at these rates, encoders
-and LLM (extras/cost.py). seconds: of the whole run, whatever else the machine did. split: test, or valid for what was still being chosen.
+A row of results.csv is one WER of one run. Its columns:
+
+    variant      what differs from the defaults
+    train_rates  --rates
+    rates        audio:video, or the rate of the one stream, or auto
+    tokens       that the LLM reads before the first word, mean over clips
+    flops        of a clip of 3 s at these rates, encoders and LLM (extras/cost.py)
+    seconds      of the whole run, whatever else the machine did
+    split        test, or valid for what was still being chosen
 """
 import argparse
 import csv
@@ -57,34 +62,40 @@ def toy_lists():
     both = "2,4,8", "4,16x2,5"
     methods = [("mome", "", ""), ("lora", "", ""), ("lora-ms", "", ""), ("lora-mss", "", ""), ("projectors", "", ""),
                ("lora", "parameters of all experts", "--rank 23")]
-    experts = [("no shared expert", "--n-shared 0"), ("2 shared experts", "--n-shared 2"), ("bottleneck 1", "--bottleneck 1"),
-               ("bottleneck 48", "--bottleneck 48"), ("1 expert of 48", "--n-routed 0 --bottleneck 48"),
+    experts = [("no shared expert", "--n-shared 0"), ("2 shared experts", "--n-shared 2"),
+               ("bottleneck 1", "--bottleneck 1"), ("bottleneck 48", "--bottleneck 48"),
+               ("1 expert of 48", "--n-routed 0 --bottleneck 48"),
                ("beside feed-forward", "--place ffn"), ("beside the layer", "--place layer")]
     causes = [("no balancing loss", "--balance 0"), ("lr 3e-3", "--lr 3e-3"), ("lr 6e-3", "--lr 6e-3"),
-              ("16 routed experts", "--n-routed 16"), ("8 clips in a step", "--batch-size 8"), ("3,400 steps", "--steps 3400"),
-              ("one set of rates in a step", "--rates-per-step 1")]
+              ("16 routed experts", "--n-routed 16"), ("8 clips in a step", "--batch-size 8"),
+              ("3,400 steps", "--steps 3400"), ("one set of rates in a step", "--rates-per-step 1")]
+    of_lora = causes[-3:]
+    valid = dict(flags="--valid-every 1700", split="valid")
     pairs = "2:2", "4:4", "8:8", "4:2", "4:5", "16:2", "16:5"
     return {
         "main": [Trial(method, both[0], *more) for method, *more in methods],
         "paper-rates": [Trial(method, both[1], *more) for method, *more in methods],
         "pairs": [Trial(method, pair) for method in ("lora", "mome") for pair in pairs],
-        "sharing": [Trial("mome-routers", both[0]), Trial("mome", both[0], "projector per rate", "--projector-per-rate")],
+        "sharing": [Trial("mome-routers", both[0]),
+                    Trial("mome", both[0], "projector per rate", "--projector-per-rate")],
         "experts": [Trial("mome", both[0], *more) for more in experts],
-        "ideas": [Trial(method, both[0], "", "--valid-every 1700", split="valid") for method in ("mome", *IDEAS)],
-        "causes": [Trial("mome", both[0], *more) for more in causes] + [Trial("lora", both[0], *more) for more in causes[-3:]]}
+        "ideas": [Trial(method, both[0], **valid) for method in ("mome", *IDEAS)],
+        "causes": [*(Trial("mome", both[0], *more) for more in causes),
+                   *(Trial("lora", both[0], *more) for more in of_lora)]}
 
 
 def real_lists():
     """The lists with real voices and faces: one seed each."""
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
-    one = dict(seeds=(0,))
+    methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
+    an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --steps 1800"
     both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500"
+    decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
     return {
-        "an4": [Trial(method, "4,8,16", "", f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --steps 1800", "an4", **one)
-                for method in ("mome", "lora", "projectors")],
+        "an4": [Trial(method, "4,8,16", "", an4, "an4", **one) for method in methods],
         "open": [Trial(method, "4,8,16", variant, both, "librispeech", again=again, **one)
-                 for method in ("mome", "projectors") for variant, again in (("", ""), ("beam 5", "--eval-only --beam 5"))],
-        "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in ("mome", "lora", "projectors")]}
+                 for method in ("mome", "projectors") for variant, again in decodings],
+        "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in methods]}
 
 
 LISTS = toy_lists() | real_lists()
@@ -130,11 +141,12 @@ def flops_at(config, rates):
 
 
 def rows_of_run(trial, seed, out):
-    """The rows of results.csv of a finished run, from its metrics.json and config.json, or curve.json for validation clips."""
+    """The rows of results.csv of a finished run, from its metrics.json and config.json, or from curve.json."""
     metrics, counts = read_json(Path(out, "metrics.json")), read_json(Path(out, "config.json"))["parameters"]
     config, rows = TrainConfig(**metrics["config"]), []
     key = dict(zip(KEY, key_of(trial, seed)))
     is_test = trial.split == "test"
+    seconds = f"{sum(metrics['seconds'].values()):.0f}"
     for row in metrics["rows"] + metrics["auto"] if is_test else read_json(Path(out, "curve.json"))[-1]["rows"]:
         rates = {"audio": row["audio_rate"], "video": row["video_rate"]}
         rates = {stream: rates[stream] for stream in TASKS[row["task"]]}
@@ -144,7 +156,7 @@ def rows_of_run(trial, seed, out):
             "snr_db": "clean" if row["snr_db"] is None else f"{row['snr_db']:g}",
             "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": counts["adapter"],
             "active_params": counts["active"], "tokens": f"{row['tokens']:.1f}",
-            "flops": "" if is_auto else f"{flops_at(config, tuple(rates.items())):.3g}", "seconds": f"{sum(metrics['seconds'].values()):.0f}"})
+            "flops": "" if is_auto else f"{flops_at(config, tuple(rates.items())):.3g}", "seconds": seconds})
     return rows
 
 
@@ -185,7 +197,7 @@ def main(argv=None):
     parser.add_argument("--seeds", help="only these, like 0,1")
     parser.add_argument("--methods", help=f"only these, of {', '.join(METHODS)}")
     parser.add_argument("--runs", default="runs", help="folder of the runs (default %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the table to add to (default extras/results.csv)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the table to add to (extras/results.csv)")
     parser.add_argument("--shared", default="../shared", help="folder of the real clips (default %(default)s)")
     parser.add_argument("--llm", default="smollm2", help="folder of a Llama (default %(default)s)")
     parser.add_argument("--audio-encoder", default="whisper-base", help="folder of a Whisper (default %(default)s)")

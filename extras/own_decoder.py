@@ -1,10 +1,10 @@
-"""Whisper with its own decoder on the test clips of a folder: what the encoder alone could give (transformers is needed).
+"""Whisper with its own decoder on the test clips of a folder: what the encoder alone could give (needs transformers).
 
     python -m extras.own_decoder whisper-base ../shared/librispeech      prints the WER after data.normalize
     python -m extras.own_decoder whisper-base DIR --results librispeech  adds it to extras/results.csv as well
 
-Clips are padded to 30 s, as Whisper was trained. Whisper writes numbers as digits, which counts as wrong where a transcript
-spells them.
+Clips are padded to 30 s, as Whisper was trained. Whisper writes numbers as digits, which counts as wrong where a
+transcript spells them.
 """
 import argparse
 import sys
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from data import ClipError, normalize
 from extras.experiments import COLUMNS, RESULTS, append
-from real.script import run_script
 from real.folders import entries, read_entries
+from real.script import run_script
 
 BATCH = 8       # clips that are decoded together
 
@@ -28,7 +28,8 @@ def transcribe_all(folder, clips):
     from tokenizers import Tokenizer
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
     model = WhisperForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    extract, tokenizer = WhisperFeatureExtractor.from_pretrained(folder), Tokenizer.from_file(f"{folder}/tokenizer.json")
+    extract = WhisperFeatureExtractor.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     for start in tqdm(range(0, len(clips), BATCH), "Whisper"):
         waves = [clip.wave for clip in clips[start:start + BATCH]]
         features = extract(waves, sampling_rate=16_000, return_tensors="pt").input_features
@@ -46,6 +47,8 @@ def main(argv=None):
     try:
         listed = [entry for entry in entries(args.data)[1] if entry.split == "test"]
         clips = [clip for _, clip in read_entries(listed, {"streams": ("audio",)}) if not isinstance(clip, ClipError)]
+        if not clips:
+            raise ClipError(f"{args.data}: none of its {len(listed)} test clips can be read")
         texts = [normalize(text) for text in transcribe_all(args.whisper, clips)]
     except (ClipError, OSError, ImportError) as error:
         print(f"own_decoder.py: {error}", file=sys.stderr)
@@ -56,8 +59,8 @@ def main(argv=None):
     if args.results:
         seconds = f"{time.perf_counter() - began:.0f}"
         append([dict.fromkeys(COLUMNS, "") | {
-            "method": Path(args.whisper).name, "data": args.results, "rates": "1", "task": "asr", "snr_db": "clean", "seed": "0",
-            "wer": f"{wer:.5f}", "words": n_words, "seconds": seconds, "split": "test"}], RESULTS)
+            "method": Path(args.whisper).name, "data": args.results, "rates": "1", "task": "asr", "snr_db": "clean",
+            "seed": "0", "wer": f"{wer:.5f}", "words": n_words, "seconds": seconds, "split": "test"}], RESULTS)
     return 0
 
 

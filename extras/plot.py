@@ -3,8 +3,9 @@
     python -m extras.plot            write them: each table stands between <!-- results: NAME --> and <!-- end -->
     python -m extras.plot --check    only say which tables are not those of results.csv
 
-Numbers are WER in %: means over the seeds, with ± the standard error where there are several. Rates are those of training,
-in the order 2 / 4 / 8. Runs that were not done have no column or line. Pictures need matplotlib (extras/requirements.txt).
+Numbers are WER in %: means over the seeds, with ± the standard error where there are several. Rates are those of
+training, in the order 2 / 4 / 8. Runs that were not done have no column or line. Pictures need matplotlib
+(extras/requirements.txt).
 """
 import argparse
 import re
@@ -47,7 +48,7 @@ def spread(values):
 
 
 def cell(rows, task, train_rates, errors=True):
-    """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates; a dash if there are none.
+    """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates. A dash: no row.
 
     Several trainings with one seed count as one value, their mean."""
     entries = []
@@ -76,10 +77,13 @@ def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True,
     pairs = [f"{audio}:{video}" for audio, video in parse_rates(train_rates)]
     of_columns = {title: chosen(rows, method=method, variant=variant, train_rates=train_rates)
                   for title, (method, variant) in columns.items()}
-    of_columns |= {title: chosen(rows, method=method, variant="", train_rates=pairs) for title, method in (singles or {}).items()}
+    for title, method in (singles or {}).items():
+        of_columns[title] = chosen(rows, method=method, variant="", train_rates=pairs)
     of_columns = {title: found for title, found in of_columns.items() if found}
-    lines = [[name, *(cell(chosen(found, task=task, snr_db=snr), task, train_rates, errors) for found in of_columns.values())]
-             for name, (task, snr) in conditions.items()]
+    lines = []
+    for name, (task, snr) in conditions.items():
+        found = [chosen(of_column, task=task, snr_db=snr) for of_column in of_columns.values()]
+        lines.append([name, *(cell(rows, task, train_rates, errors) for rows in found)])
     return markdown(["WER %", *of_columns], lines)
 
 
@@ -114,14 +118,15 @@ def printed(rows):
         of_stream = {"avsr": rates * 2, "asr": [*rates, None], "vsr": [None, *rates]}[row["task"]]
         audio, video = ("auto", None) if row["rates"] == "auto" else (of_stream[0], of_stream[1])
         snr = None if row["snr_db"] == "clean" else float(row["snr_db"])
-        own.append({"task": row["task"], "audio_rate": audio, "video_rate": video, "snr_db": snr, "wer": float(row["wer"]),
-                    "tokens": float(row["tokens"])})
+        own.append({"task": row["task"], "audio_rate": audio, "video_rate": video, "snr_db": snr,
+                    "wer": float(row["wer"]), "tokens": float(row["tokens"])})
     return "".join(f"    {line}\n" for line in table(own).splitlines())
 
 
 def summary(rows, train_rates="2,4,8"):
-    """A sentence: the errors of LoRA and of projectors only as multiples of MoME's, over the seeds that all three have."""
-    of_methods = {method: chosen(rows, method=method, variant="", train_rates=train_rates) for method in ("mome", "lora", "projectors")}
+    """A sentence: the errors of LoRA and of projectors only as multiples of MoME's, over the seeds that all have."""
+    of_methods = {method: chosen(rows, method=method, variant="", train_rates=train_rates)
+                  for method in ("mome", "lora", "projectors")}
     seeds = set.intersection(*({row["seed"] for row in found} for found in of_methods.values()))
 
     def errors(method):
@@ -132,8 +137,9 @@ def summary(rows, train_rates="2,4,8"):
     if not seeds:
         return "*Not run yet.*\n"
     lora, projectors = (errors(method) / errors("mome") for method in ("lora", "projectors"))
-    return (f"At rates 2 / 4 / 8, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)}; ±: [docs/results.md](docs/results.md). "
-            f"Of sound with lips, clean and at -5 dB, and\nlips alone, all rates together, LoRA makes {lora:.2f} times MoME's errors, "
+    of_seeds = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return (f"At rates 2 / 4 / 8, mean of {of_seeds}; ±: [docs/results.md](docs/results.md). Of sound with lips, "
+            f"clean and at -5 dB, and\nlips alone, all rates together, LoRA makes {lora:.2f} times MoME's errors, "
             f"projectors alone {projectors:.1f} times.\n")
 
 
@@ -150,8 +156,8 @@ def tables(rows):
     causes = {f"{names[method]}, {name}": (method, name) for method, name in variants["causes"]}
     ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
-    opened = {f"{title}, {way}": (method, variant) for title, method in (("MoME", "mome"), ("projectors only", "projectors"))
-              for way, variant in (("greedy", ""), ("beam 5", "beam 5"))}
+    opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
+              for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),
@@ -175,7 +181,7 @@ def updated(page, made):
 
 
 def tokens_picture(figure, rows, train_rates="2,4,8", snrs=("clean", "-5")):
-    """Draw WER over the tokens that the LLM reads before the first word: a panel for each noise, a line for each method."""
+    """Draw WER over the tokens that the LLM reads before the first word: a panel for each noise, a line a method."""
     figure.set_size_inches(9, 3.6)
     for panel, snr in zip(figure.subplots(1, len(snrs), sharey=True), snrs):
         for title, colour in STYLES.items():
@@ -207,7 +213,7 @@ def tokens_picture(figure, rows, train_rates="2,4,8", snrs=("clean", "-5")):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; the exit code is 1 if a table is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is not current")
     args = parser.parse_args(argv)
     rows = read_results(RESULTS)
     made, old = tables(rows), []
@@ -217,7 +223,8 @@ def main(argv=None):
             old.append(page.name)
             if not args.check:
                 write_whole(page, lambda path: path.write_text(new, "utf-8"))
-    print("; ".join(f"{name}: {'not current' if args.check else 'written'}" for name in old) or "all tables are those of results.csv")
+    done = "not current" if args.check else "written"
+    print("; ".join(f"{name}: {done}" for name in old) or "all tables are those of results.csv")
     if args.check:
         return int(bool(old))
     try:

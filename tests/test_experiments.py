@@ -119,5 +119,22 @@ def test_whispers_own_decoder_is_measured_on_the_test_split(tmp_path, monkeypatc
     assert "66.7 % WER of 3 words in 2 of 2 clips" in capsys.readouterr().out
     row, = experiments.read_results(tmp_path / "results.csv")
     assert (row["method"], row["data"], row["wer"], row["words"]) == ("whisper-base", "numbers", "0.66667", "3")
-    assert own_decoder.main(["whisper-base", str(tmp_path / "nowhere")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for folder, said in (("nowhere", "nowhere"), ("clips/train", "none of its")):
+        assert own_decoder.main(["whisper-base", str(tmp_path / folder)]) == 2
+        error, = capsys.readouterr().err.splitlines()
+        assert said in error
+
+
+def test_the_sentence_below_the_table_of_readme():
+    """Ratios of summed errors, over the seeds that all three methods have; -5 dB of sound alone and `auto` do not count."""
+    def row(method, seed, wer, **other):
+        return {"method": method, "variant": "", "train_rates": "2,4,8", "seed": seed, "task": "vsr", "snr_db": "clean",
+                "rates": "2", "wer": str(wer), "words": "100"} | other
+
+    rows = [row("mome", "0", .1), row("lora", "0", .05), row("projectors", "0", .4), row("mome", "1", .9), row("lora", "1", .9)]
+    rows += [row("lora", "0", .9, **other) for other in ({"task": "asr"}, {"snr_db": "0"}, {"rates": "auto"}, {"variant": "x"})]
+    text = plot.summary(rows)
+    assert "mean of 1 seed;" in text and "0.50 times MoME's errors" in text and "alone 4.0 times" in text
+    rows.append(row("projectors", "1", 1.6))
+    assert "mean of 2 seeds;" in plot.summary(rows) and "alone 2.0 times" in plot.summary(rows)
+    assert plot.summary(rows[:2]) == "*Not run yet.*\n"
