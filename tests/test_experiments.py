@@ -119,8 +119,8 @@ def test_whispers_own_decoder_is_measured_on_the_test_split(tmp_path, monkeypatc
     assert "66.7 % WER of 3 words in 2 of 2 clips" in capsys.readouterr().out
     row, = experiments.read_results(tmp_path / "results.csv")
     assert (row["method"], row["data"], row["wer"], row["words"]) == ("whisper-base", "numbers", "0.66667", "3")
-    for part in (tmp_path / "clips/test").iterdir():
-        part.unlink()
+    for path in (tmp_path / "clips/test").glob("*.wav"):
+        path.write_bytes(b"no sound")
     for folder, said in (("nowhere", "nowhere"), ("clips", "none of its")):
         assert own_decoder.main(["whisper-base", str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
