@@ -4,7 +4,7 @@
     python sample.py clip.mp4 --rate 8 --json     your own clip, with fewer tokens for the LLM to read
     python sample.py talk.mp4 --srt talk.srt      a long clip, with subtitles
 
-Each clip gives a line of text on stdout, or a line on stderr if it cannot be read. The exit code is 0; 1 if
+Each clip gives its text on stdout, or a line on stderr if it cannot be read. The exit code is 0; 1 if
 some clips failed; 2 if all failed. A clip much longer than the training clips is cut at pauses, and the texts
 of its pieces are joined. From Python: `sample.transcribe("clip.mp4")`.
 

@@ -138,9 +138,9 @@ def summary(rows, train_rates="2,4,8"):
         return "*Not run yet.*\n"
     lora, projectors = (errors(method) / errors("mome") for method in ("lora", "projectors"))
     of_seeds = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    return (f"At rates 2 / 4 / 8, mean of {of_seeds}; ±: [docs/results.md](docs/results.md). Of sound with lips, "
-            f"clean and at -5 dB, and\nlips alone, all rates together, LoRA makes {lora:.2f} times MoME's errors, "
-            f"projectors alone {projectors:.1f} times.\n")
+    return (f"At rates 2 / 4 / 8, mean of {of_seeds}; standard errors are in [docs/results.md](docs/results.md). "
+            f"LoRA makes {lora:.2f} times\nMoME's errors, projectors alone {projectors:.1f} times "
+            "(sound with lips, clean and at -5 dB, and lips; all rates together).\n")
 
 
 def tables(rows):

@@ -136,7 +136,7 @@ def test_the_sentence_below_the_table_of_readme():
     rows = [row("mome", "0", .1), row("lora", "0", .05), row("projectors", "0", .4), row("mome", "1", .9), row("lora", "1", .9)]
     rows += [row("lora", "0", .9, **other) for other in ({"task": "asr"}, {"snr_db": "0"}, {"rates": "auto"}, {"variant": "x"})]
     text = plot.summary(rows)
-    assert "mean of 1 seed;" in text and "0.50 times MoME's errors" in text and "alone 4.0 times" in text
+    assert "mean of 1 seed;" in text and "LoRA makes 0.50 times" in text and "alone 4.0 times" in text
     rows.append(row("projectors", "1", 1.6))
     assert "mean of 2 seeds;" in plot.summary(rows) and "alone 2.0 times" in plot.summary(rows)
     assert plot.summary(rows[:2]) == "*Not run yet.*\n"
