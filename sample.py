@@ -57,9 +57,8 @@ class KVCache:
         """The function that one layer calls with new k and v (B or B * W, kv heads, T, D/H)."""
         def write(k, v):
             start, end = self.filled, self.filled + k.shape[2]
-            copies = self.beam if start == 0 else 1
-            self.k[layer, :, :, start:end] = k.repeat_interleave(copies, 0)
-            self.v[layer, :, :, start:end] = v.repeat_interleave(copies, 0)
+            self.k[layer, :, :, start:end] = k if start else k.repeat_interleave(self.beam, 0)
+            self.v[layer, :, :, start:end] = v if start else v.repeat_interleave(self.beam, 0)
             if layer == len(self.k) - 1:
                 self.filled, self.prefix = end, self.prefix or end
             if start == 0:
@@ -291,8 +290,7 @@ def transcribe_and_print(path, args, **options):
     """One clip from the command line: its text or JSON, and the files that were asked for."""
     if args.show_crop:
         from extras.sheet import write_sheet
-        lips = media.select_streams(media.probe(path), ("video",))
-        write_sheet(lips, args.show_crop, args.box)
+        write_sheet(media.probe(path), args.show_crop, args.box)
     if args.rate == "all":
         from extras.every_rate import print_every_rate
         return print_every_rate(path, args.json, **options)

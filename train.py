@@ -16,7 +16,7 @@ from real.script import run_script  # before torch: Ctrl-C then ends quietly at 
 import math
 import random
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -236,9 +236,7 @@ def run(config):
     pairs = parse_rates(config.rates)
     device = choose_device(config.device)
     if config.eval_only:
-        model, saved, clips = load_for_test(config, tasks, device)
-        config = replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
-                         method=saved["method"])
+        model, saved, clips, config = load_for_test(config, tasks, device)
         watch.lap("clips")
     else:
         with own_folder(out):

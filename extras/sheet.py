@@ -23,7 +23,8 @@ def write_sheet(source, path, box=None):
         cells = [np.repeat(picture[..., None], 3, -1) for picture in mouths(source, CROP, box)]
     else:
         points = find_landmarks(source)
-        cells = [marked(picture, face) for picture, face in zip(crop_mouths(source, CROP, points), points)]
+        crops = zip(crop_mouths(source, CROP, points), points)
+        cells = [marked(crop, face) for crop, face in crops if crop is not None]     # None: the face is away
     if not cells:
         raise clip_error(source.path, "no picture in it can be read")
     cells = [cells[t] for t in np.linspace(0, len(cells) - 1, min(MAX_PICTURES, len(cells))).round().astype(int)]

@@ -130,7 +130,13 @@ def read_model(folder, config, paths, verify, device):
     sizes = {part: saved[part] and PARTS[part].Config(**as_tuples(saved[part])) for part in PARTS}
     config["paths"] = {part: str(paths.get(part) or parts[part]["path"]) for part in parts}
     for part, path in config["paths"].items():
-        check_part(folder, part, path, parts[part], verify)
+        if not Path(path).exists():
+            raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
+        known, found = parts[part], fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
+        differences = ", ".join(f"{key} is {str(value)[:16]}, not {str(known[key])[:16]}"
+                                for key, value in found.items() if value != known[key])
+        if differences:
+            raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
     experts = {name: saved["llm"][name] for name in EXPERTS}
     real = read_parts(config["paths"], dtype_on(device), experts, padded=bool(sizes["audio"] and sizes["audio"].padded))
     for part, module in real.items():
@@ -142,8 +148,7 @@ def read_model(folder, config, paths, verify, device):
         from extras.baselines import build_adapter
         build_adapter(model, config)
     missing, unexpected = model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
-    wrong = unexpected + [name for name in missing if stored(name, real)]
-    if wrong:
+    if wrong := unexpected + [name for name in missing if stored(name, real)]:
         raise CheckpointError(f"{folder}: damaged, or of another version: {wrong[0]} is missing or unknown")
     return model.to(device).eval()
 
@@ -151,18 +156,6 @@ def read_model(folder, config, paths, verify, device):
 def as_tuples(values):
     """The dict with each list as a tuple: JSON has no tuples, and configs are compared and hashed."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def check_part(folder, part, path, known, verify):
-    """Raises CheckpointError unless the weights at `path` have the fingerprints `known`, those of training."""
-    if not Path(path).exists():
-        raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
-    found = fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
-    differences = [f"{key} is {str(value)[:16]}, not {str(known[key])[:16]}"
-                   for key, value in found.items() if value != known[key]]
-    if differences:
-        differences = ", ".join(differences)
-        raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
 
 
 def reading(audio, video):

@@ -58,9 +58,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 unused.add(AWAY)
                 if not longest:
                     raise clip_error(source.path, f"its {AWAY}; {HINT}")
-            n_sound = len(wave) // SAMPLES_PER_FRAME if wave is not None else 0
-            n_pictures = len(frames) if frames is not None else 0
-            end = start + (max(n_sound, n_pictures) or MIN_FRAMES)
+            lengths = [len(x) // size for x, size in ((wave, SAMPLES_PER_FRAME), (frames, 1)) if x is not None]
+            end = start + (max(lengths, default=0) or MIN_FRAMES)
             if end - start < MIN_FRAMES:
                 continue
             if wave is not None and np.abs(wave).max() < 1e-4:
@@ -114,11 +113,8 @@ def speech_over_time(source, selected, lips, max_frames):
 
 def long_runs(x, shortest):
     """x (T,) bool -> (T,) bool: true in the runs of true of at least `shortest`."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], x, [0]])))
-    runs = np.zeros(len(x), bool)
-    for start, end in zip(edges[::2], edges[1::2]):
-        runs[start:end] = end - start >= shortest
-    return runs
+    runs = np.split(x, np.flatnonzero(np.diff(x)) + 1)
+    return np.concatenate([run & (len(run) >= shortest) for run in runs])
 
 
 def read_clip(path, span=None, sound=None, **reading):

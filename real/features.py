@@ -8,7 +8,6 @@ Every (clip, copy, stream) is a small file whose name is a hash of all that it d
 run may be killed and started again, and two runs may share the folder.
 """
 import hashlib
-import json
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from encoders import SAMPLE_RATE
-from real.files import write_whole
+from real.files import digest, write_whole
 from real.folders import Unread
 
 
@@ -65,11 +64,6 @@ def augmented(clip, stream, voices, rng):
     frames = data.change_pace(torch.from_numpy(clip.frames), pace).numpy()
     frames = np.roll(frames, (rng.randint(-4, 4), rng.randint(-4, 4)), (1, 2))
     return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
-
-
-def digest(key):
-    """A hash of any value that JSON can hold."""
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
 
 def content(clip, stream):

@@ -1,6 +1,7 @@
 """Small helpers that many files share: errors, messages, and files that are written as a whole."""
 import errno
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -27,11 +28,6 @@ class TrainingError(ValueError):
 
 ERRORS = (CheckpointError, TrainingError, WeightsError, OSError, BrokenProcessPool)    # each is said in one line
 SPAN = "#t="    # in the name of a clip that is a part of a file: what follows is its start and end in seconds
-
-
-def file_of(name):
-    """The name of a clip -> the path of its file."""
-    return name.partition(SPAN)[0]
 
 
 def expanded(paths):
@@ -110,6 +106,11 @@ def plain(error, path):
     """An OSError that says why `path` could not be written."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
     return OSError(number or errno.EIO, reason or str(error), str(path))
+
+
+def digest(value):
+    """A hash of any value that JSON can hold, 40 letters."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:40]
 
 
 def to_json(value):

@@ -47,16 +47,28 @@ class Entry:
 
 def recognise(folder):
     """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are passed over)."""
-    names, files = list(files_below(folder)), None
-    for name, read in LAYOUTS.items():
-        if read not in (manifest, common_voice):               # these need no list of files; 100,000 Paths take seconds
-            files = files or sorted(map(Path, names))
-        listed = read(folder, files)
-        if listed:
+    names = list(files_below(folder))
+    for name, read in {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2}.items():
+        if listed := read(folder):
             break
+    else:
+        name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
     used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
     suffixes = (os.path.splitext(path)[1].lower() for path in names if path not in used)
     return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
+
+
+def by_files(folder, files):
+    """The name of a layout without tables, and its Entries."""
+    if listed := sphinx(files):
+        return "Sphinx lists", listed
+    listed = side_by_side(folder, files)
+    if any(path.name.endswith(".trans.txt") for path in files):
+        return "LibriSpeech", listed
+    if any(path.suffix.lower() == ".align" for path in files):
+        return "GRID", listed
+    is_lrs3 = any((folder / name).is_dir() for name in ("trainval", "pretrain"))
+    return "LRS3" if is_lrs3 else "transcripts beside the clips", listed
 
 
 def files_below(folder, above=()):
@@ -96,9 +108,8 @@ def read_table(path, *names):
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
-        for name in names:
-            if name not in columns:
-                raise clip_error(path, f"no column {name!r}; its first line should be path,text[,split,talker]")
+        if missing := [name for name in names if name not in columns]:
+            raise clip_error(path, f"no column {missing[0]!r}; its first line should be path,text[,split,talker]")
         for row in rows:
             if len(row) > len(columns):
                 raise clip_error(path, f"line {rows.line_num} has {len(row)} columns, its header {len(columns)}: "
@@ -109,7 +120,7 @@ def read_table(path, *names):
         raise clip_error(path, f"line {rows.line_num}: not a table: {error}") from None
 
 
-def manifest(folder, files):
+def manifest(folder):
     """The Entries of manifest.csv or manifest.tsv in the folder, None if there is none. Raises ClipError."""
     path = next((folder / name for name in ("manifest.csv", "manifest.tsv") if (folder / name).is_file()), None)
     if path is None:
@@ -125,7 +136,7 @@ def manifest(folder, files):
     return listed
 
 
-def common_voice(folder, files):
+def common_voice(folder):
     """The Entries of a language of Common Voice, None for another layout. Raises ClipError."""
     tables = [folder / f"{name}.tsv" for name in ("train", "dev", "test")]
     if not (folder / "clips").is_dir() or not tables[0].is_file():
@@ -136,7 +147,7 @@ def common_voice(folder, files):
 
 # --- lists -----------------------------------------------------------------------------------------------------------
 
-def lrs2(folder, files):
+def lrs2(folder):
     """The Entries of LRS2's lists, None for another layout. Raises ClipError if a list is missing."""
     if not (folder / "main").is_dir():
         return None
@@ -153,7 +164,7 @@ def lrs2(folder, files):
     return listed
 
 
-def sphinx(folder, files):
+def sphinx(files):
     """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
     lists = [path for path in files if path.suffix == ".fileids"]      # their names end with that of the split
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
@@ -175,7 +186,6 @@ def sphinx(folder, files):
 
 def side_by_side(folder, files):
     """Entries of media files with a transcript, or with none, in which case reading them says so."""
-    media = [path for path in files if path.suffix.lower() in SUFFIXES]
     lists, aligns = {}, defaultdict(list)
     for path in files:
         if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
@@ -184,9 +194,9 @@ def side_by_side(folder, files):
                 lists[path.parent / name] = text
         elif path.suffix.lower() == ".align":
             aligns[path.stem].append(path)
-    known, listed = {lower(path): path for path in files}, []
-    sounds = [path for path in media if path.suffix.lower() in SOUND_SUFFIXES]
-    pictures = [path for path in media if path.suffix.lower() not in SOUND_SUFFIXES]
+    known, listed = {path.with_suffix(path.suffix.lower()): path for path in files}, []
+    sounds = [path for path in files if path.suffix.lower() in SOUND_SUFFIXES]
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES]
     of_pictures = {clip_key(path, folder) for path in pictures}
     clips = sorted(pictures + [path for path in sounds if clip_key(path, folder) not in of_pictures])
     sound_of = {clip_key(path, folder): path for path in sounds}
@@ -203,11 +213,6 @@ def side_by_side(folder, files):
     return listed
 
 
-def lower(path):
-    """The path with its suffix in lower case."""
-    return path.with_suffix(path.suffix.lower())
-
-
 def clip_key(path, folder):
     """What a video and its sound have in common: the folders that name no kind of media, and the name."""
     names = path.relative_to(folder).parts[:-1]
@@ -220,25 +225,6 @@ def talkers(parents):
     for names in parents:
         splits = [i for i, name in enumerate(names) if named_split(name)]
         yield "/".join(names[splits[0] + 1:splits[0] + 2]) if splits else "/".join(names[:depth])
-
-
-def librispeech(folder, files):
-    """The Entries of a folder with lists of transcripts, as LibriSpeech has them; None for another layout."""
-    return side_by_side(folder, files) if any(path.name.endswith(".trans.txt") for path in files) else None
-
-
-def grid(folder, files):
-    """The Entries of a folder with alignments, as GRID has them; None for another layout."""
-    return side_by_side(folder, files) if any(path.suffix.lower() == ".align" for path in files) else None
-
-
-def lrs3(folder, files):
-    """The Entries of a folder with a part that LRS3 has; None for another layout."""
-    return side_by_side(folder, files) if any((folder / name).is_dir() for name in ("trainval", "pretrain")) else None
-
-
-LAYOUTS = {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2, "Sphinx lists": sphinx,
-           "LibriSpeech": librispeech, "GRID": grid, "LRS3": lrs3, "transcripts beside the clips": side_by_side}
 
 
 # --- transcripts -----------------------------------------------------------------------------------------------------

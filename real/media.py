@@ -119,8 +119,6 @@ def choose_sound(source, tracks):
     Of several tracks it is the one marked as default, or the first with sound. Its channels are mixed as usual. If that
     cancels them, or leaves out the only one with sound, the loudest is read. More than eight are averaged."""
     order = sorted(range(len(tracks)), key=lambda i: "(default)" not in tracks[i])
-    if len(order) > 1 and all("(default)" in line for line in tracks):
-        order = list(range(len(tracks)))
     for i in order:
         if len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[i]):
             return source
@@ -129,9 +127,9 @@ def choose_sound(source, tracks):
             break
     else:
         return source
-    if i != order[0] or len(order) > 1:
+    if len(order) > 1:
         note(f"{shown(source.path)}: {len(order)} sound tracks; read is number {i + 1}")
-    loudest = max(range(len(channels)), key=channels.__getitem__)
+    loudest = int(np.argmax(channels))
     mix = source.mix
     if len(channels) > 8:
         mix = "pan=mono|c0=" + "+".join(f"{1 / len(channels):.6f}*c{c}" for c in range(len(channels)))
@@ -150,7 +148,7 @@ def channel_levels(source, track):
     def levels(filters):
         stderr = subprocess.run([*command, "-af", filters, "-f", "null", "-"], capture_output=True).stderr
         found = re.findall(rb"RMS level dB: (-?[\d.]+|-inf|nan)", stderr)
-        return [max(-200., float(level)) if level not in (b"nan", b"-inf") else -200. for level in found]
+        return [max(-200., float(level)) for level in found]     # -200 also for -inf and nan
 
     channels = levels(stats)
     mixed = levels(f"{source.mix},{stats}") if 1 < len(channels) <= 8 else []

@@ -9,8 +9,6 @@ requirements-face.txt.
 
 Axes: T frames, P landmarks.
 """
-import hashlib
-import json
 import math
 import os
 import sys
@@ -26,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from encoders import FPS
-from real.files import note, shown, write_whole
+from real.files import digest, note, shown, write_whole
 from real.media import clip_error, picture_frames
 
 VERSION = 2       # raise it when the same file gives other crops than before: stored crops are then not used
@@ -218,7 +216,7 @@ def cached_crops(source, size, folder):
     """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
     stat = os.stat(source.path)
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size]
-    path = Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
+    path = Path(folder) / f"{digest(key)}.safetensors"
     if not path.is_file():
         crops = list(crop_mouths(source, size, find_landmarks(source)))
         found = np.array([crop is not None for crop in crops])

@@ -1,6 +1,5 @@
 """Looking after a training run: its processes and threads, its folder, its log, and the state from which it goes on."""
 import csv
-import hashlib
 import json
 import math
 import multiprocessing
@@ -28,7 +27,7 @@ from safetensors.torch import load, save
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
-from real.files import CheckpointError, TrainingError, is_first, note, write_json, write_together
+from real.files import CheckpointError, TrainingError, digest, is_first, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
@@ -75,11 +74,10 @@ def processes(device):
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"WORLD_SIZE is set, but the processes cannot meet; use torchrun ({reason})") from None
-    with open(os.devnull, "w") as nowhere:
-        with redirect_stdout(sys.stdout if is_first() else nowhere):
-            with redirect_stderr(sys.stderr if is_first() else nowhere):
-                with patch.object(MoME, "sum_counts", staticmethod(summed)):
-                    yield
+    with (open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere),
+          redirect_stderr(sys.stderr if is_first() else nowhere),
+          patch.object(MoME, "sum_counts", staticmethod(summed))):
+        yield
     dist.destroy_process_group()
 
 
@@ -228,8 +226,7 @@ class Run:
         self.out, self.minutes = Path(config.out), config.save_every
         self.path = self.out / "state.safetensors"
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
-        texts = json.dumps([(clip.name, clip.text) for clip in clips])
-        self.settings["clips"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
+        self.settings["clips"] = digest([(clip.name, clip.text) for clip in clips])[:12]
         self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
         self.log_file, self.log_rows, self.n_tokens, self.counts = None, None, 0, {}
         self.began = self.saved = self.looked = time.monotonic()

@@ -2,7 +2,7 @@
 import os
 import shutil
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import torch
 from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
-from real.checkpoint import FLAGS, dtype_on, identify, load_model, read_parts, reading
-from real.files import CheckpointError, file_of, is_first
+from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.features import Features
+from real.files import SPAN, CheckpointError, is_first
 from real.folders import folder_clips, read_all
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
@@ -146,7 +146,7 @@ def set_up(config, tasks, device, watch):
 
 
 def load_for_test(config, tasks, device):
-    """--eval-only -> the model in --out, the dict of its config.json, the test clips."""
+    """--eval-only -> the model in --out, the dict of its config.json, the test clips, the config with what it has."""
     model, saved = load_model(config.out, config.real_paths, device=device)
     if not config.data and {"audio", "video"} & set(saved["paths"]):
         raise CheckpointError(f"{config.out}: its encoders are for real clips: name their folder by --data")
@@ -154,7 +154,9 @@ def load_for_test(config, tasks, device):
         if not set(TASKS[task]) <= set(model.encoders):
             streams = " and ".join(model.encoders)
             raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
-    return model, saved, load_clips(config, tasks, model.config.audio, model.config.video)["test"]
+    clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
+    return model, saved, clips, replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
+                                        **{name: saved[name] for name in ("method", "rank", "projector_per_rate")})
 
 
 def write_samples(config, clips, folder):
@@ -167,7 +169,7 @@ def write_samples(config, clips, folder):
     if not config.data:
         write_talker_clips(folder, 3, "test", config.seed)
         return
-    whole = [clip for clip in clips if clip.name == file_of(clip.name)]
+    whole = [clip for clip in clips if SPAN not in clip.name]
     for i, clip in enumerate(whole[:3], 1):
         path = Path(clip.name)
         copy = folder / f"sample{i}_{path.stem[:40]}{path.suffix}"    # a file's name has at most 255 bytes

@@ -92,27 +92,27 @@ def read_config(folder, model_type):
     return config
 
 
-def fill(module, tensors, file_name, path, dtype=torch.float32, unused="$^"):
-    """Copy `tensors` one by one into `module`, which may be on the meta device. Floats become `dtype`.
+def filled(cls, config, tensors, file_name, path, dtype, unused):
+    """A new cls(config) whose weights are `tensors`, floats as `dtype`. Memory holds one copy of them.
 
     file_name(our name) is the tensor's name in the file at `path`. Tensors that the module has no place for must match
     the regular expression `unused`. Raises WeightsError."""
-    used = set()
-    for name, old in module.state_dict(keep_vars=True).items():
+    with torch.device("meta"):
+        module = cls(config)
+    weights = {}
+    for name, old in module.state_dict().items():
         source = file_name(name)
         if source not in tensors:
             raise WeightsError(f"{path}: no tensor {source!r} in it, which {name!r} needs")
         new = tensors[source]
-        used.add(source)
         if new.shape != old.shape:
             raise WeightsError(f"{path}: {source!r} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
-        new = new.to(dtype) if new.is_floating_point() else new
-        new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        owner, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(owner), attribute, new)
-    extra = sorted(name for name in tensors if name not in used and not re.match(unused, name))
+        weights[name] = new.to(dtype) if new.is_floating_point() else new
+    extra = sorted(name for name in tensors.keys() - set(map(file_name, weights)) if not re.match(unused, name))
     if extra:
         raise WeightsError(f"{path}: {len(extra)} tensors that this model has no place for: {', '.join(extra[:3])}")
+    module.load_state_dict(weights, assign=True)
+    return module
 
 
 # --- Llama (HF's LlamaForCausalLM) ----------------------------------------------------------------------------------
@@ -123,14 +123,12 @@ UNUSED_IN_LLAMA = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # some files also s
 def load_llama(cls, folder, dtype=torch.float32, **experts):
     """The Llama in an HF folder -> cls in `dtype`, with new fp32 MoMEs if `experts` (n_routed=, ...) says so.
 
-    It is built on the meta device, so that memory holds one copy of the weights. Raises WeightsError."""
+    Raises WeightsError."""
     config, tensors = cls.Config(**llama_config(folder)), read_safetensors(folder)
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tied and head is not None and table is not None and not torch.equal(head, table):
         config = replace(config, tied=False)    # as in transformers: a head of its own counts, whatever the config says
-    with torch.device("meta"):
-        llm = cls(config)
-    fill(llm, tensors, llama_name, folder, dtype, UNUSED_IN_LLAMA)
+    llm = filled(cls, config, tensors, llama_name, folder, dtype, UNUSED_IN_LLAMA)
     llm.inv_freq = scaled_inv_freq(config)
     llm.add_mome(**experts)
     return speed_up(llm)
@@ -257,9 +255,8 @@ def load_whisper(cls, folder, dtype=torch.float32, padded=False):
     tensors = read_safetensors(folder)
     prefix = next((p for p in ("model.encoder.", "encoder.") if f"{p}conv1.weight" in tensors), "")
     cls = padding(cls) if padded else cls
-    with torch.device("meta"):
-        encoder = cls(cls.Config(**whisper_config(folder), padded=padded))
-    fill(encoder, tensors, lambda name: prefix + whisper_name(name), folder, dtype, UNUSED_IN_WHISPER)
+    config = cls.Config(**whisper_config(folder), padded=padded)
+    encoder = filled(cls, config, tensors, lambda name: prefix + whisper_name(name), folder, dtype, UNUSED_IN_WHISPER)
     return encoder.eval()
 
 
@@ -287,10 +284,8 @@ UNUSED_IN_AVHUBERT = r"mask_emb|final_proj\.|label_embs_concat|feature_extractor
 def load_avhubert(cls, path, dtype=torch.float32):
     """The encoder of an AV-HuBERT file (Base or Large, also fine-tuned) -> cls in `dtype`. Raises WeightsError."""
     tensors = avhubert_tensors(path)
-    with torch.device("meta"):
-        encoder = cls(cls.Config(**avhubert_config(path, tensors)))
-    fill(encoder, tensors, avhubert_name, path, dtype, UNUSED_IN_AVHUBERT)
-    return encoder.eval()
+    config = cls.Config(**avhubert_config(path, tensors))
+    return filled(cls, config, tensors, avhubert_name, path, dtype, UNUSED_IN_AVHUBERT).eval()
 
 
 def avhubert_tensors(path):

@@ -110,6 +110,11 @@ def test_contact_sheet(tmp_path, monkeypatch):
     assert sheet.shape == (4 * 96, 15 * 96, 3)
     assert (sheet[48, 48] == (60, 255, 60)).all()  # a landmark
     assert not sheet[3 * 96:, 6 * 96:].any()       # 50 cells of 60
+    away = np.stack([face(160, 120)] * 50)
+    away[10:40] = np.nan                           # for over a second
+    monkeypatch.setattr("extras.sheet.find_landmarks", lambda source: away)
+    write_sheet(clip, tmp_path / "away.png")
+    assert imageio.imread(tmp_path / "away.png").shape == (2 * 96, 15 * 96, 3)     # 20 cells of 30
     write_sheet(clip, tmp_path / "box.png", (0, 0, 100, 100))
     assert not (imageio.imread(tmp_path / "box.png")[48, 48] == (60, 255, 60)).all()
 

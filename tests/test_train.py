@@ -356,9 +356,12 @@ def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, cap
     assert train.main([*TRAINED, "--out", str(tmp_path), "--eval-only"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == rows[0]
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
-    assert train.main("--eval-only --rates 3 --tasks asr --test-clips 3 --n-routed 2".split() + ["--out", str(tmp_path)]) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {r["audio_rate"] for r in metrics["rows"]} == {3} and metrics["config"]["n_routed"] == 8  # the model's, not the flag's
+    flags = "--eval-only --rates 3 --tasks asr --test-clips 3 --n-routed 2 --rank 99 --method lora"
+    assert train.main([*flags.split(), "--out", str(tmp_path)]) == 0
+    metrics, saved = (json.loads((tmp_path / name).read_text()) for name in ("metrics.json", "config.json"))
+    tested = metrics["config"]                                      # of the model, whatever the flags say
+    assert {r["audio_rate"] for r in metrics["rows"]} == {3} and tested["n_routed"] == 8
+    assert tested["method"] == "mome" and tested["rank"] == saved["rank"] != 99
     assert "auto is tested only beside all trained rates: 2:2,4:8" in capfd.readouterr().err
     assert train.main(["--out", str(tmp_path / "none"), "--eval-only"]) == 2
     assert "no config.json" in capfd.readouterr().err

@@ -9,11 +9,10 @@ A stage is skipped for a part that is given (train.py --audio-encoder, --video-e
 a cache, under a hash of what went in: clips, sizes, steps, seed. None of this is from the paper.
 """
 import hashlib
-import json
 import math
 import multiprocessing
 import random
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from data import batch, to_device
 from encoders import VideoConfig
 from mome import Llama
-from real.files import write_whole
+from real.files import digest, write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
 from toy.talker import LEXICON, grid_sentences, talker_clips
@@ -57,10 +56,14 @@ def fit(name, parameters, loss_at, steps, lr):
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def cache_file(folder, name, key):
+    """The path at which the state dict of this name and `key` (JSON) is kept."""
+    return folder / f"{name}-{digest([VERSION, key])[:12]}.safetensors"
+
+
 def cached(folder, name, key, make):
     """The state dict that `make()` returns, kept in `folder` under its name and a hash of `key` (JSON)."""
-    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:12]
-    path = folder / f"{name}-{digest}.safetensors"
+    path = cache_file(folder, name, key)
     if path.is_file():
         tqdm.write(f"{name}: found in {path}")
         return load_file(path)
@@ -72,13 +75,13 @@ def cached(folder, name, key, make):
 
 def clips_digest(clips):
     """A hash of everything that training reads of the clips; of those not read yet, of what tells their files apart."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for clip in clips:
-        digest.update(repr((clip.name, clip.text, clip.aligned)).encode())
-        digest.update(clip.stamp() if isinstance(clip, Unread) else b"")
+        content.update(repr((clip.name, clip.text, clip.aligned)).encode())
+        content.update(clip.stamp() if isinstance(clip, Unread) else b"")
         for array in (clip.log_power, clip.frames):
-            digest.update(b"" if array is None else array.tobytes())
-    return digest.hexdigest()
+            content.update(b"" if array is None else array.tobytes())
+    return content.hexdigest()
 
 
 # --- stage 1: encoders that tell phonemes apart ----------------------------------------------------------------------
@@ -206,13 +209,13 @@ def alignment(tokens, names, seconds):
     return [(names[tokens[t - 1]], t * seconds / len(tokens)) for t in ends]
 
 
-def learn_encoder(stream, encoder, clips, units, digest, alignments, tested, config, cache, device, teaches):
+def learn_encoder(stream, encoder, clips, units, of_clips, alignments, tested, config, cache, device, teaches):
     """Train and load an encoder -> alignments for the next one, if it `teaches`: what is heard is what is to be seen."""
     is_real = not clips[0].aligned
     steps = config.ctc_steps if is_real else getattr(config, f"{stream}_steps")
     torch.manual_seed(config.seed)
     new = type(encoder)(encoder.config)
-    key = [config.seed, device.type, digest, asdict(encoder.config), steps]
+    key = [config.seed, device.type, of_clips, asdict(encoder.config), steps]
     if is_real:
         begin_on_talker(stream, new, tested, config, cache, device)
         key += [config.clips, config.audio_steps, config.video_steps, sorted(tested), bool(alignments), REACH]
@@ -248,7 +251,6 @@ def train_llm(llm, texts, tested, tokenizer, config, steps, seed, device):
         <bos> b i n _ b l u e _ a t _ f <transcribe>  ->  bin blue at f <eos>          (_ is a space)
 
     It never meets sound, noise, time or pooling. In stage 3, projectors and experts must learn to speak to it."""
-    torch.manual_seed(seed)
     llm.to(device)
     words = common_words(texts)
 
@@ -276,21 +278,22 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
     its own, because it needs no clips."""
     seed, device = config.seed, model.device
     units = sorted({unit for word in common_words(texts) for unit in spell(word)})
-    digest = clips_digest(clips) if set(model.encoders) - set(given) else ""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, begin_worker, (torch.get_num_threads(),)) as beside:
+    of_clips = clips_digest(clips) if set(model.encoders) - set(given) else ""
+    plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
+    key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
+    is_there = "llm" in given or cache_file(cache, "llama", key).is_file()      # then it needs no process
+    process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), begin_worker)
+    with (ThreadPoolExecutor(1) if is_there else process((torch.get_num_threads(),))) as beside:
         if "llm" not in given:
-            plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
             torch.manual_seed(seed)
             make = partial(train_llm, Llama(plain.llm), texts, tested, tokenizer, plain, config.llm_steps, seed, device)
-            key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
             llama = beside.submit(cached, cache, "llama", key, make)
         alignments = {}
         for stream, encoder in model.encoders.items():
             if stream not in given:
                 usable = [clip for clip in clips if stream in clip.streams]
                 teaches = stream == "audio" and "video" in set(model.encoders) - set(given)
-                alignments = learn_encoder(stream, encoder, usable, units, digest, alignments, tested, config, cache,
+                alignments = learn_encoder(stream, encoder, usable, units, of_clips, alignments, tested, config, cache,
                                            device, teaches)
                 watch.lap(f"stage 1, {stream}")
         first_clips.cache_clear()

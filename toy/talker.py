@@ -11,8 +11,8 @@ import multiprocessing
 import os
 import random
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +192,7 @@ def synthesize(text, talker_seed, seed=0, size=32):
 
 # --- splits and clips ------------------------------------------------------------------------------------------------
 
+FEW = 200       # clips up to which starting processes takes longer than making them
 SPLITS = {"train": range(0, 400), "valid": range(400, 500), "test": range(1000, 1100)}  # disjoint talkers of each split
 
 
@@ -223,8 +224,8 @@ def talker_clips(counts, seed, size=32):
     Training clips carry no waves: training mixes babble from mel powers (data.noisy_power)."""
     jobs = [(split, i, seed, size, split != "train") for split, count in counts.items() for i in range(count)]
     n_workers = min(8, len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, spawn, begin_worker, (1,)) as workers:
+    processes = partial(ProcessPoolExecutor, n_workers, multiprocessing.get_context("spawn"), begin_worker, (1,))
+    with (processes() if len(jobs) > FEW else ThreadPoolExecutor(1)) as workers:
         clips = iter(tqdm(workers.map(talker_clip, jobs, chunksize=20), "clips", len(jobs), leave=False))
         return {split: list(itertools.islice(clips, count)) for split, count in counts.items()}
 
