@@ -213,11 +213,17 @@ def children(process):
     return found - {process}
 
 
+def heed_ctrl_c():
+    """In a new process: Ctrl-C counts, also where pytest itself runs in the background and ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs ps")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(kill, tmp_path):
     argv = [sys.executable, ROOT / "train.py", *TRAINED, "--clips", "3000", "--out", tmp_path / "out"]
-    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                              preexec_fn=heed_ctrl_c)
     until = time.monotonic() + 60
     while len(workers := children(parent.pid)) < 2 and time.monotonic() < until:
         time.sleep(0.2)
@@ -239,7 +245,7 @@ def test_workers_end_with_their_parent(kill, tmp_path):
 def test_ctrl_c_while_torch_is_imported(script, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen([sys.executable, ROOT / script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(tmp_path)})
+                               env=os.environ | {"PYTHONPATH": str(tmp_path)}, preexec_fn=heed_ctrl_c)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
