@@ -3,9 +3,9 @@
     python -m extras.plot            write them: each table stands between <!-- results: NAME --> and <!-- end -->
     python -m extras.plot --check    only say which tables are not those of results.csv
 
-Numbers are WER in %: means over the seeds, with ± the standard error where there are several. Rates are those of
-training, in the order 2 / 4 / 8. Runs that were not done have no column or line. Pictures need matplotlib
-(extras/requirements.txt).
+Numbers are WER in %: means over the seeds that all columns or lines of a table have, with ± the standard error where
+there are several. Rates are those of training, in the order 2 / 4 / 8. Runs that were not done have no column or line.
+Pictures need matplotlib (extras/requirements.txt).
 """
 import argparse
 import re
@@ -47,6 +47,13 @@ def spread(values):
     return statistics.fmean(values), error
 
 
+def of_common_seeds(found):
+    """{title: rows} -> the same without titles that have none, and with only the seeds that all titles have."""
+    found = {title: rows for title, rows in found.items() if rows}
+    seeds = set.intersection(*({row["seed"] for row in rows} for rows in found.values())) if found else set()
+    return {title: chosen(rows, seed=list(seeds)) for title, rows in found.items()}
+
+
 def cell(rows, task, train_rates, errors=True):
     """Rows of a task and noise -> '1.4 ± 0.4 / 1.3 ± 0.5', one entry for each trained set of rates. A dash: no row.
 
@@ -79,7 +86,7 @@ def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True,
                   for title, (method, variant) in columns.items()}
     for title, method in (singles or {}).items():
         of_columns[title] = chosen(rows, method=method, variant="", train_rates=pairs)
-    of_columns = {title: found for title, found in of_columns.items() if found}
+    of_columns = of_common_seeds(of_columns)
     lines = []
     for name, (task, snr) in conditions.items():
         found = [chosen(of_column, task=task, snr_db=snr) for of_column in of_columns.values()]
@@ -99,11 +106,10 @@ def parameters(rows, columns):
 
 def by_variant(rows, train_rates, variants):
     """A line for each {title: (method, variant)}, a column for each of four conditions."""
+    found = {title: chosen(rows, method=method, variant=variant, train_rates=train_rates)
+             for title, (method, variant) in variants.items()}
     lines = []
-    for title, key in variants.items():
-        of_variant = chosen(rows, method=key[0], variant=key[1], train_rates=train_rates)
-        if not of_variant:
-            continue
+    for title, of_variant in of_common_seeds(found).items():
         active = f"{int(of_variant[0]['active_params']):,}"
         cells = [cell(chosen(of_variant, task=task, snr_db=snr), task, train_rates) for task, snr in SHOWN.values()]
         lines.append([title, active, *cells])
@@ -163,7 +169,8 @@ def tables(rows):
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
         "summary": summary(toy),
-        "main": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
+        "main": by_condition(toy, "2,4,8", few),
+        "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),
         "sharing": by_variant(toy, "2,4,8", default | sharing),
