@@ -88,7 +88,7 @@ def real_lists():
     """The lists with real voices and faces: one seed each."""
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
-    an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --steps 1800"
+    an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --copies 2 --steps 2200"
     both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --steps 3000 --valid-every 500"
     decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
     return {

@@ -26,7 +26,7 @@ from real.files import digest, write_whole
 from real.folders import Unread
 
 
-VERSION = 2         # raise it when this file, data.py or encoders.py makes other features of the same clips
+VERSION = 3         # raise it when this file, data.py or encoders.py makes other features of the same clips
 BATCH_SECONDS = 48  # seconds of clips that are encoded together
 
 
@@ -66,6 +66,11 @@ def augmented(clip, stream, voices, rng):
     return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
 
 
+def label(clip):
+    """A hash of the name of a clip's file, wherever it lies, and of its words: the seed of what is done to the clip."""
+    return digest([os.path.basename(clip.name), clip.text])
+
+
 def content(clip, stream):
     """A hash of the sound or the pictures of a clip: another file, or another `--box`, has another."""
     return hashlib.sha256(np.ascontiguousarray(clip.wave if stream == "audio" else clip.frames)).hexdigest()[:40]
@@ -88,8 +93,7 @@ class Features:
     def path(self, clip, copy, stream):
         """The file of one stream of a clip. Copy 0 is the clip itself."""
         known = self.contents.get((clip.name, stream)) or content(clip, stream)
-        name = digest([VERSION, os.path.abspath(clip.name), known, self.identity[stream],
-                       [copy, self.babble_key] if copy else 0])
+        name = digest([VERSION, label(clip), known, self.identity[stream], [copy, self.babble_key] if copy else 0])
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def fill(self, clips):
@@ -111,7 +115,7 @@ class Features:
         """Encode and write a batch of (clip, copy, stream) with one stream -> its size."""
         stream, versions = jobs[0][2], []
         for clip, copy, _ in jobs:
-            rng = random.Random(f"{self.seed} {os.path.abspath(clip.name)} {copy}".encode(errors="surrogateescape"))
+            rng = random.Random(f"{self.seed} {label(clip)} {copy}")
             versions.append(augmented(clip, stream, self.voices, rng) if copy else clip)
         features = data.to_device(data.batch(versions, [stream]), self.model.device)
         tokens, lengths = self.model.encode(features)[stream]

@@ -320,6 +320,8 @@ def test_what_is_there_is_not_made_again(kept, monkeypatch):
     os.utime(clips[0].name, (1, 1))
     make()
     assert not written        # another time, the same sound
+    make(clips=[replace(clip, name=f"/elsewhere/{os.path.basename(clip.name)}") for clip in clips])
+    assert not written        # another folder, the same files
     changed = [replace(clips[0], wave=-clips[0].wave), *clips[1:]]
     make(clips=changed)
     assert len(written) == 5  # its three versions, and what is mixed with its voice
