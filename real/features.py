@@ -66,7 +66,7 @@ def augmented(clip, stream, voices, rng):
     return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
 
 
-def label(clip):
+def name_and_words(clip):
     """A hash of the name of a clip's file, wherever it lies, and of its words: the seed of what is done to the clip."""
     return digest([os.path.basename(clip.name), clip.text])
 
@@ -93,7 +93,7 @@ class Features:
     def path(self, clip, copy, stream):
         """The file of one stream of a clip. Copy 0 is the clip itself."""
         known = self.contents.get((clip.name, stream)) or content(clip, stream)
-        name = digest([VERSION, label(clip), known, self.identity[stream], [copy, self.babble_key] if copy else 0])
+        name = digest([VERSION, name_and_words(clip), known, self.identity[stream], [copy, self.babble_key] if copy else 0])
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def fill(self, clips):
@@ -115,7 +115,7 @@ class Features:
         """Encode and write a batch of (clip, copy, stream) with one stream -> its size."""
         stream, versions = jobs[0][2], []
         for clip, copy, _ in jobs:
-            rng = random.Random(f"{self.seed} {label(clip)} {copy}")
+            rng = random.Random(f"{self.seed} {name_and_words(clip)} {copy}")
             versions.append(augmented(clip, stream, self.voices, rng) if copy else clip)
         features = data.to_device(data.batch(versions, [stream]), self.model.device)
         tokens, lengths = self.model.encode(features)[stream]

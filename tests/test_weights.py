@@ -388,6 +388,9 @@ PRE_TOKENIZERS = {
         t.pre_tokenizers.Split(t.Regex("[\r\n]"), "isolated"), t.pre_tokenizers.Split(t.Regex(r"\s?\p{L}+"), "isolated"),
         t.pre_tokenizers.Split(t.Regex(r"\s?\p{P}+"), "isolated"), t.pre_tokenizers.Split("=", "isolated"),
         t.pre_tokenizers.Digits(individual_digits=True), t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "a group in a pattern": lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Split(t.Regex(r"(\s?)(\p{L}+)|(\p{N})"), "isolated"),
+        t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
     "runs of digits": lambda t: t.pre_tokenizers.Sequence([
         t.pre_tokenizers.Digits(individual_digits=False), t.pre_tokenizers.ByteLevel(add_prefix_space=False)])}
 
