@@ -93,7 +93,8 @@ class Features:
     def path(self, clip, copy, stream):
         """The file of one stream of a clip. Copy 0 is the clip itself."""
         known = self.contents.get((clip.name, stream)) or content(clip, stream)
-        name = digest([VERSION, name_and_words(clip), known, self.identity[stream], [copy, self.babble_key] if copy else 0])
+        name = digest([VERSION, name_and_words(clip), known, self.identity[stream],
+                       [copy, self.babble_key] if copy else 0])
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def fill(self, clips):
