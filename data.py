@@ -25,8 +25,10 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-WORD = regex.compile("L+(?:'L+)*".replace("L", r"[\p{L}\p{M}\p{N}\u200c\u200d]"))  # joiners: Persian, Hindi
-PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'") | dict.fromkeys("\u00ad\u2060\u200e\u200f"))
+JOINED = "(?!M)L+(?:['\u200c\u200d]L+)*"                 # the two joiners stand inside words of Persian and Hindi
+WORD = regex.compile(JOINED.replace("L", r"[\p{L}M\p{N}]").replace("M", r"\p{M}"))
+HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")           # soft hyphens, variants of letters and emoji
+PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'"))
 
 
 class ClipError(ValueError):
@@ -242,8 +244,8 @@ def drawn_clips(clips, size, seed, step):
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
     Hidden marks are dropped. NFC makes equal words equal. Training, WER and transcripts share this."""
-    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-    return " ".join(WORD.findall(text.translate(PLAIN)))
+    text = unicodedata.normalize("NFC", HIDDEN.sub("", text)).lower()
+    return " ".join(WORD.findall(unicodedata.normalize("NFC", text).translate(PLAIN)))
 
 
 def load_tokenizer(folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data import MAX_SECONDS, TASKS, Clip, ClipError, with_log_power
-from encoders import FPS, SAMPLES_PER_FRAME
+from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from real import media
 from real.files import SPAN, note, shown, write_whole
 from real.media import MIN_FRAMES, clip_error
@@ -72,6 +72,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             yield start / FPS, with_log_power(Clip(name, text, wave, frames), n_mels)
 
     # 3. Is anything wrong with the file?
+    if span and end < spans[0][1] - MISSING * (spans[0][1] - spans[0][0]):
+        raise clip_error(source.path, f"{source.seconds:.1f} s long, and its transcript has words at {span[1]:.1f} s")
     if not n_pieces and 0 < end < MIN_FRAMES:
         raise clip_error(source.path, f"{end / FPS:.2f} s long, too short for a word")
     if not n_pieces and not unused and spans == []:
@@ -122,19 +124,21 @@ def read_clip(path, span=None, sound=None, **reading):
 
     `sound`: the file with the sound, if `path` has pictures only. `reading` are arguments of `read_pieces`."""
     source, streams = media.probe(path), reading.get("streams", ("audio", "video"))
-    if sound and not source.has_sound and "audio" in streams:
-        voice = read_clip(sound, span, **reading | {"streams": ("audio",)})
-        if "video" not in streams:
-            return voice
-        clip = read_clip(path, span, **reading)
-        missing = len(clip.frames) * SAMPLES_PER_FRAME - len(voice.wave)
-        wave = np.pad(voice.wave, (0, max(0, missing)))[:len(voice.wave) + missing]
-        return with_log_power(replace(clip, wave=wave), len(voice.log_power))
+    if sound and not source.has_sound and streams == ("audio",):
+        return read_clip(sound, span, **reading)
     if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     (_, clip), *more = read_pieces(source, None, span=span, **reading)
     if more or clip.duration > MAX_SECONDS:
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
+    if sound and clip.wave is None and "audio" in streams:
+        voice = read_clip(sound, span, **reading | {"streams": ("audio",)})
+        missing = len(clip.frames) * SAMPLES_PER_FRAME - len(voice.wave)
+        if abs(missing) > max(SAMPLE_RATE / 2, MISSING * len(voice.wave)):
+            raise clip_error(sound, f"{voice.duration:.1f} s of sound for {clip.duration:.1f} s of pictures; "
+                                    "is it another clip's?")
+        wave = np.pad(voice.wave, (0, max(0, missing)))[:len(voice.wave) + missing]
+        return with_log_power(replace(clip, wave=wave), len(voice.log_power))
     return clip
 
 

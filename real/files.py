@@ -108,6 +108,11 @@ def plain(error, path):
     return OSError(number or errno.EIO, reason or str(error), str(path))
 
 
+def is_pointer(path):
+    """Is the file only Git LFS's pointer to one that was not fetched?"""
+    return os.path.getsize(path) < 1024 and Path(path).read_bytes().startswith(b"version https://git-lfs")
+
+
 def digest(value):
     """A hash of any value that JSON can hold, 40 letters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:40]

@@ -38,7 +38,7 @@ def entries(folder):
     An entry's split is train, valid or test."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise clip_error(folder, "no such folder")
+        raise clip_error(folder, "a file; give its folder" if folder.exists() else "no such folder")
     layout, listed, passed_over = recognise(folder)
     if not listed:
         raise clip_error(folder, "no clips here, expected files like NAME.mp4 or NAME.flac with NAME.txt beside them, "

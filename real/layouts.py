@@ -13,6 +13,7 @@ Where no split is named, or training's alone, Entry.split is None. Links are fol
 """
 import csv
 import io
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -21,14 +22,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from data import MAX_SECONDS
-from real.files import shown
+from real.files import note, shown
 from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
 SYNONYMS = {"train": "train training trainval pretrain trainset", "test": "test testing testset eval",
             "valid": "valid validation val dev development devset"}
 SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
 KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?")     # folders named for what is in them
-TEXTS = {".txt", ".align", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
+MANIFESTS = {"manifest.csv", "manifest.tsv"}
+LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
+TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
 
 
@@ -48,14 +51,25 @@ class Entry:
 def recognise(folder):
     """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are passed over)."""
     names = list(files_below(folder))
-    for name, read in {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2}.items():
-        if listed := read(folder):
-            break
-    else:
+    name, listed = by_tables(folder)
+    if not listed:
+        for below in sorted({Path(path).parent for path in names if os.path.basename(path).lower() in LISTS} - {folder}):
+            if (name := by_tables(below)[0]):
+                raise clip_error(folder, f"a folder above one of the layout {name}; give that: {shown(below)}")
         name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
     used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
-    suffixes = (os.path.splitext(path)[1].lower() for path in names if path not in used)
-    return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
+    others = [path for path in names if path not in used and os.path.splitext(path)[1].lower() not in TEXTS]
+    used = set(map(os.path.abspath, used)) if others else used             # a table may write a path in another way
+    suffixes = (os.path.splitext(path)[1].lower() for path in others if os.path.abspath(path) not in used)
+    return name, listed, Counter(suffix or "without suffix" for suffix in suffixes)
+
+
+def by_tables(folder):
+    """The name of a layout with tables or lists, and its Entries; (None, []) for another layout."""
+    for name, read in {"manifest": manifest, "Common Voice": common_voice, "LRS2": lrs2}.items():
+        if listed := read(folder):
+            return name, listed
+    return None, []
 
 
 def by_files(folder, files):
@@ -86,9 +100,14 @@ def files_below(folder, above=()):
 def read_text(path):
     """The text of a file in UTF-8, with or without a byte order mark. Raises ClipError."""
     try:
-        return path.read_text("utf-8-sig")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise clip_error(path, "not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise clip_error(path, error.strerror) from None
+    if "\0" in text:                           # as in UTF-16 without a byte order mark
+        raise clip_error(path, "not UTF-8 text, \\x00 is in it; save it as UTF-8")
+    return text
 
 
 def named_split(name):
@@ -109,12 +128,14 @@ def read_table(path, *names):
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
         if missing := [name for name in names if name not in columns]:
-            raise clip_error(path, f"no column {missing[0]!r}; its first line should be path,text[,split,talker]")
+            raise clip_error(path, f"no column {missing[0]!r} in its first line, expected {', '.join(names)}")
+        if twice := [name for name, n in Counter(columns).items() if n > 1 and name]:
+            raise clip_error(path, f"two columns {twice[0]!r}")
         for row in rows:
             if len(row) > len(columns):
                 raise clip_error(path, f"line {rows.line_num} has {len(row)} columns, its header {len(columns)}: "
                                        f"a text with {separator!r} in it stands in \"quotes\"")
-            if any(row):
+            if any(map(str.strip, row)):
                 yield rows.line_num, dict(zip_longest(columns, map(str.strip, row), fillvalue=""))
     except csv.Error as error:
         raise clip_error(path, f"line {rows.line_num}: not a table: {error}") from None
@@ -122,11 +143,17 @@ def read_table(path, *names):
 
 def manifest(folder):
     """The Entries of manifest.csv or manifest.tsv in the folder, None if there is none. Raises ClipError."""
-    path = next((folder / name for name in ("manifest.csv", "manifest.tsv") if (folder / name).is_file()), None)
+    path, *more = *(folder / name for name in sorted(os.listdir(folder)) if name.lower() in MANIFESTS), None
     if path is None:
         return None
-    listed = []
+    if more[:-1]:
+        raise clip_error(folder, f"two tables, {path.name} and {more[0].name}; keep one")
+    listed, line_of = [], {}
     for line, row in read_table(path, "path", "text"):
+        if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
+            note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
+        if (first := line_of.setdefault(row["path"], line)) != line:
+            raise clip_error(path, f"line {line}: {row['path']!r} is on line {first} too; cut it, or keep one line")
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
@@ -152,7 +179,10 @@ def lrs2(folder):
     if not (folder / "main").is_dir():
         return None
     lists = [folder / f"{name}.txt" for name in ("train", "val", "test", "pretrain")]
-    if missing := [path.name for path in lists[:3] if not path.is_file()]:
+    missing = [path.name for path in lists[:3] if not path.is_file()]
+    if len(missing) == 3 and not (folder / "pretrain").is_dir():
+        return None
+    if missing:
         raise clip_error(folder, f"a folder main/, as in LRS2, but no {', '.join(missing)}: copy LRS2's lists into it")
     listed = []
     for path in filter(Path.is_file, lists):
@@ -170,15 +200,17 @@ def sphinx(files):
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
     for path in lists:
-        texts = {}
-        for line in read_text(path.with_suffix(".transcription")).splitlines():
+        texts, source = {}, path.with_suffix(".transcription")
+        for line in read_text(source).splitlines():
             if found := re.fullmatch(r"(.*)\((\S+)\)\s*", line):
-                texts[found[2]] = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
+                text = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
+                if texts.setdefault(found[2], text) != text:
+                    raise clip_error(source, f"two texts of {found[2]!r}; name the folder too, like talker/{found[2]}")
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
             split = named_split(re.split("[-_.]", path.stem)[-1])
             text = texts.get(name, texts.get(stem.name))
-            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=text))
+            listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=text, source=source))
     return listed
 
 
@@ -186,31 +218,42 @@ def sphinx(files):
 
 def side_by_side(folder, files):
     """Entries of media files with a transcript, or with none, in which case reading them says so."""
-    lists, aligns = {}, defaultdict(list)
+    lists, list_in, aligns = {}, {}, defaultdict(list)
     for path in files:
         if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
-            for line in read_text(path).splitlines():
-                name, _, text = line.partition(" ")
-                lists[path.parent / name] = text
+            list_in[path.parent] = path
+            for words in map(str.split, read_text(path).splitlines()):
+                lists[path.parent.joinpath(*words[:1])] = " ".join(words[1:])
         elif path.suffix.lower() == ".align":
-            aligns[path.stem].append(path)
+            aligns[path.stem].append((folders(path, folder), path))
     known, listed = {path.with_suffix(path.suffix.lower()): path for path in files}, []
     sounds = [path for path in files if path.suffix.lower() in SOUND_SUFFIXES]
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES]
     of_pictures = {clip_key(path, folder) for path in pictures}
     clips = sorted(pictures + [path for path in sounds if clip_key(path, folder) not in of_pictures])
     sound_of = {clip_key(path, folder): path for path in sounds}
-    parents = [path.relative_to(folder).parts[:-1] for path in clips]
-    for path, names, talker in zip(clips, parents, talkers(parents)):
-        split = next(filter(None, map(named_split, names)), None)
-        text, source = lists.get(path.with_suffix("")), known.get(path.with_suffix(".txt"))
-        if source is None:                     # of several .align of this name, the one whose folders are most alike
-            source = max(aligns[path.stem], key=lambda align: len(set(align.parts) & set(path.parts)), default=None)
+    talker_of = zip(clips, talkers([clip_key(path, folder)[:-1] for path in clips]))
+    everybody = set().union(*(folders(path, folder) for path in clips))
+    for path, talker in talker_of:
+        split = next(filter(None, map(named_split, path.relative_to(folder).parts[:-1])), None)
+        text = lists.pop(path.with_suffix(""), None)
+        source = known.get(path.with_suffix(".txt"), list_in.get(path.parent))
+        if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
+            own = folders(path, folder)
+            alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
+            source = max(alike, default=(0, None))[1]
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
+    if lists := sorted(map(str, lists)):
+        note(f"{shown(folder)}: {len(lists)} lines in .trans.txt have no sound, like {shown(os.path.basename(lists[0]))}")
     if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
         listed = [replace(entry, split=None) for entry in listed]
     return listed
+
+
+def folders(path, folder):
+    """The names of the folders between `folder` and a file, in lower case."""
+    return {name.lower() for name in path.relative_to(folder).parts[:-1]}
 
 
 def clip_key(path, folder):
@@ -220,11 +263,14 @@ def clip_key(path, folder):
 
 
 def talkers(parents):
-    """Folders of each clip -> the talker of each: the folder below that of a split, else the highest that differ."""
+    """Folders of each clip -> the talker of each: the folder below that of a split, or above it if there is none below.
+
+    Where no folder names a split, it is the highest folders that differ."""
     depth = next((n for n in range(1, 9) if len({names[:n] for names in parents}) > 1), 0)
     for names in parents:
         splits = [i for i, name in enumerate(names) if named_split(name)]
-        yield "/".join(names[splits[0] + 1:splits[0] + 2]) if splits else "/".join(names[:depth])
+        around = [*names[splits[0] + 1:][:1], *names[:splits[0]][-1:]][:1] if splits else names[:depth]
+        yield "/".join(around)
 
 
 # --- transcripts -----------------------------------------------------------------------------------------------------
@@ -234,13 +280,19 @@ def transcript(entry):
     if entry.text is not None:
         return entry.text
     source = entry.source
+    if source and (source.suffix == ".transcription" or source.name.endswith(".trans.txt")):
+        raise clip_error(entry.path, f"no transcript, expected a line for it in {shown(source.name)}")
     if source is None or not source.is_file():
         names = f"{shown(entry.path.with_suffix('.txt').name)} or {shown(entry.path.with_suffix('.align').name)}"
         raise clip_error(entry.path, f"no transcript, expected {names} beside it")
-    lines = read_text(source).splitlines()
+    lines = list(filter(str.strip, read_text(source).splitlines()))
     if source.suffix.lower() == ".align":      # GRID's lines are: start end word
-        words = [line.split()[2] for line in lines if len(line.split()) == 3]
+        words = [" ".join(line.split()[2:]) for line in lines]
+        if "" in words:
+            raise clip_error(source, f"line {lines[words.index('')]!r}, expected its start, its end and a word")
         return " ".join(word for word in words if word not in ("sil", "sp"))
+    if lines and any(source.with_suffix(suffix).is_file() for suffix in (".PHN", ".phn", ".WRD", ".wrd")):
+        return re.sub(r"^\d+ \d+ ", "", lines[0])    # TIMIT: the first and the last sample, and the words
     if lines and lines[0].startswith("Text:"):  # LRS: other facts follow
         return lines[0].removeprefix("Text:").strip()
     if any(line.startswith("Disk reference:") for line in lines):
@@ -258,7 +310,9 @@ def cut(entry):
         words = [(word, float(start), float(end)) for word, start, end, *_ in map(str.split, table.splitlines()[1:])]
     except ValueError:
         return [entry]
-    if not words or words[-1][2] <= MAX_SECONDS:
+    times = [0, *(time for _, start, end in words for time in (start, end))]
+    in_order = all(earlier <= later for earlier, later in zip(times, times[1:]))    # which is false for nan
+    if not in_order or not MAX_SECONDS < times[-1] < math.inf:
         return [entry]
     pieces = [[]]
     for word, start, end in words:

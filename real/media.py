@@ -21,7 +21,7 @@ import soundfile
 
 from data import ClipError
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
-from real.files import note, shown
+from real.files import is_pointer, note, shown
 
 # Files in a folder count as clips if they have one of these suffixes. A single file may have any name.
 SOUND_SUFFIXES = set(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .aiff .aif .mka .sph .wma .mp2 .amr .au .caf".split())
@@ -46,7 +46,7 @@ def ffmpeg():
 def first_words(stderr):
     """The first line of ffmpeg's error output, without the "[decoder @ address]" in front of it."""
     lines = [re.sub(r"^(\[.*?\] )*", "", line).strip() for line in stderr.decode(errors="replace").splitlines()]
-    return next((line for line in lines if line), "")
+    return next((line for line in lines if line and "misdetection possible" not in line), "")
 
 
 def clip_error(path, text):
@@ -87,6 +87,10 @@ def probe(path):
     path = Path(path)
     if not path.is_file():
         raise clip_error(path, "not a file" if path.exists() else "no such file")
+    if not os.path.getsize(path):
+        raise clip_error(path, "not readable as media: an empty file")
+    if is_pointer(path):
+        raise clip_error(path, "a Git LFS pointer, not the clip; fetch it with: git lfs pull")
     command = [ffmpeg(), "-hide_banner", "-i", f"file:{path}"]
     stderr = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
     text = stderr.decode(errors="replace")

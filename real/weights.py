@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from real.files import WeightsError, read_json
+from real.files import WeightsError, is_pointer, read_json
 
 BLOCK = 1 << 16  # bytes
 N_BLOCKS = 64    # blocks of one file that the cheap fingerprint hashes
@@ -77,7 +77,7 @@ def read_safetensors(folder):
 
 def refuse_pointer(path):
     """Raises WeightsError if the file is Git LFS's pointer to weights that were not fetched."""
-    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+    if path.is_file() and is_pointer(path):
         raise WeightsError(f"{path}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
 
 

@@ -116,10 +116,10 @@ def test_manifest(tmp_path, capsys):
     manifest.write_bytes(b"path,text\na.wav,caf\xe9\n")
     with pytest.raises(ClipError, match="manifest.csv: not UTF-8 text"):
         entries(tmp_path)
-    manifest.write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\nc.wav,,train\n")
+    manifest.write_text("path,text,split\na b.wav,one,train\nc.wav,two,test\ngone.wav,three,train\ne.wav,,train\n")
     folder_clips(tmp_path, max_bad=50)
     notes = capsys.readouterr().err
-    assert "gone.wav: no such file" in notes and "c.wav: no words" in notes
+    assert "gone.wav: no such file" in notes and "e.wav: no words" in notes
 
 
 def test_grid_as_downloaded(tmp_path):
@@ -302,14 +302,14 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
 
 
 def test_pictures_and_sound_of_one_name_are_one_clip(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 255, (50, 32, 32), np.uint8)
-    media.write_mp4(tmp_path / "both.mp4", pictures, np.zeros(32000, np.float32))
+    pictures = np.random.default_rng(0).integers(0, 255, (30, 32, 32), np.uint8)
+    media.write_mp4(tmp_path / "both.mp4", pictures, np.zeros(19200, np.float32))
     ffmpeg("-i", tmp_path / "both.mp4", "-an", "-c:v", "copy", tmp_path / "a.mp4")
     (tmp_path / "both.mp4").unlink()
     write_tone(tmp_path / "a.wav", "one")
     (_, listed, _) = entries(tmp_path)
     clip, = map(read_entry, listed)
-    assert clip.streams == ("audio", "video") and len(clip.wave) == 32000 and np.abs(clip.wave[:16000]).mean() > .05
+    assert clip.streams == ("audio", "video") and len(clip.wave) == 19200 and np.abs(clip.wave[:16000]).mean() > .05
     assert read_entry(listed[0], {"streams": ("audio",)}).streams == ("audio",)
 
 
@@ -375,3 +375,134 @@ def test_sphinx_lists_with_folders_in_their_ids(tmp_path):
         (tmp_path / f"etc/my-{part}.fileids").write_text(f"{name}\n")
         (tmp_path / f"etc/my-{part}.transcription").write_text(f"<s> says {name[:4]} </s> ({name})\n")
     assert [(entry.split, entry.text.strip()) for entry in entries(tmp_path)[1]] == [("test", "says fcaw"), ("train", "says fash")]
+
+
+# --- what folders of one's own hold ---
+
+def test_a_table_below_the_folder_is_named(tmp_path):
+    write_tone(tmp_path / "my/clips/0.wav", "beside")
+    write(tmp_path / "my/Manifest.CSV", "path,text\nclips/0.wav,zero\n")
+    with pytest.raises(ClipError, match=f"a folder above one of the layout manifest; give that: {tmp_path}/my"):
+        entries(tmp_path)
+    layout, clips_found = found(tmp_path / "my")
+    assert layout == "manifest" and clips_found["clips/0.wav"][2] == "zero"
+    write(tmp_path / "my/manifest.tsv", "path\ttext\nclips/0.wav\tone\n")
+    with pytest.raises(ClipError, match="two tables, Manifest.CSV and manifest.tsv; keep one"):
+        entries(tmp_path / "my")
+    for name in ("train", "val", "test"):
+        write(tmp_path / f"deep/mvlrs_v1/{name}.txt", "1/0\n")
+    write_tone(tmp_path / "deep/mvlrs_v1/main/1/0.wav", "Text:  HELLO\n")
+    with pytest.raises(ClipError, match="layout LRS2; give that: .*mvlrs_v1"):
+        entries(tmp_path / "deep")
+
+
+def test_a_folder_main_of_one_s_own_is_not_lrs2(tmp_path):
+    write_tone(tmp_path / "main/a.wav", "one")
+    assert found(tmp_path) == ("transcripts beside the clips", {"main/a.wav": ("", "test", "one")})
+
+
+def test_an_alignment_of_another_talker_is_not_taken(tmp_path):
+    for talker in ("s1", "s2", "S3"):
+        write_tone(tmp_path / talker / "001.wav", "")
+    write(tmp_path / "s2/001.align", "0 1000 hello\n1000 2000 new york\n")
+    write(tmp_path / "alignments/s3/001.align", "0 1 green\n")
+    listed = {entry.talker: read_entry(entry) for entry in entries(tmp_path)[1]}
+    assert "no transcript" in str(listed["s1"])
+    assert (listed["s2"].text, listed["S3"].text) == ("hello new york", "green")
+    write(tmp_path / "s2/001.align", "0 1000 hello\n1000 2000\n")
+    assert any("line '1000 2000', expected its start" in str(read_entry(entry)) for entry in entries(tmp_path)[1])
+
+
+def test_timit(tmp_path):
+    for split in ("TRAIN", "TEST"):
+        write_tone(tmp_path / f"{split}/DR1/FCJF0/SA1.WAV", "")
+        write(tmp_path / f"{split}/DR1/FCJF0/SA1.TXT", "0 46797 She had your dark suit.\n")
+        write(tmp_path / f"{split}/DR1/FCJF0/SA1.PHN", "0 3050 h#\n")
+    assert {text for _, _, text in found(tmp_path)[1].values()} == {"she had your dark suit"}
+
+
+def test_columns_and_lines_that_are_not_used_are_said(tmp_path, capsys):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "manifest.csv", "path,text,subset,start\na.wav,one,test,0\n , ,,\n")
+    assert found(tmp_path)[1]["a.wav"][2] == "one"
+    assert "manifest.csv: columns that are not used: start, subset" in capsys.readouterr().err
+    write(tmp_path / "manifest.csv", "path,text,start\na.wav,one,0\na.wav,two,1\n")
+    with pytest.raises(ClipError, match="line 3: 'a.wav' is on line 2 too"):
+        entries(tmp_path)
+    write(tmp_path / "manifest.csv", "path,text,text\na.wav,one,two\n")
+    with pytest.raises(ClipError, match="two columns 'text'"):
+        entries(tmp_path)
+
+
+def test_a_clip_is_used_however_the_table_writes_its_path(tmp_path, monkeypatch):
+    write_tone(tmp_path / "data/a.wav", "")
+    write_tone(tmp_path / "data/b.wav", "")
+    write(tmp_path / "data/manifest.csv", f"path,text\n{tmp_path}/data/a.wav,one\n../data/b.wav,two\n")
+    monkeypatch.chdir(tmp_path)
+    assert entries("data")[2] == ""
+    write_tone(tmp_path / "data/c.wav", "")
+    assert entries("data")[2] == "1 .wav"
+
+
+def test_sound_beside_silent_pictures(tmp_path, capsys):
+    pictures = np.random.default_rng(0).integers(0, 255, (30, 32, 32), np.uint8)
+    media.write_mp4(tmp_path / "a.mp4", pictures, np.zeros(19200, np.float32))
+    write_tone(tmp_path / "a.wav", "one")
+    entry, = entries(tmp_path)[1]
+    assert np.abs(read_entry(entry).wave[:16000]).mean() > .05
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(64000), 16000)
+    assert "a.wav: 4.0 s of sound for 1.2 s of pictures; is it another clip's?" in str(read_entry(entry))
+
+
+@pytest.mark.parametrize("table, reason", [
+    ("A 0 1\nB 5 6\nC 40 42", "1.0 s long, and its transcript has words at"), ("A -0.1 1\nB 31 32", None),
+    ("A 0 1\nB 31 inf", None), ("A 0 nan\nB 40 41", None), ("A 7 8\nB 2 3\nC 40 41", None)])
+def test_word_times_that_cannot_be(tmp_path, table, reason):
+    write_tone(tmp_path / "pretrain/p/1.wav", "Text:  A B C\n\nWORD START END ASDSCORE\n" + "".join(
+        f"{line} 1\n" for line in table.splitlines()))
+    listed = entries(tmp_path)[1]
+    if reason:
+        assert len(listed) > 1 and all(reason in str(read_entry(entry)) for entry in listed)
+    else:
+        assert len(listed) == 1 and read_entry(listed[0]).text == "a b c"
+
+
+def test_talkers_around_the_folder_of_a_split(tmp_path):
+    for talker in ("ann", "bob"):
+        write_tone(tmp_path / f"above/{talker}/train/1.wav", f"{talker} one")
+        write_tone(tmp_path / f"below/train/video/{talker}/1.wav", f"{talker} one")
+        write_tone(tmp_path / f"kinds/{'audio' if talker == 'ann' else 'video'}/{talker}/1.wav", f"{talker} one")
+    for folder in ("above", "below", "kinds"):
+        assert {talker for talker, _, _ in found(tmp_path / folder)[1].values()} == {"ann", "bob"}
+
+
+def test_lists_that_lack_a_text_or_have_two(tmp_path, capsys):
+    for name in ("ann/one", "bob/one"):
+        write_tone(tmp_path / f"wav/{name}.wav", "")
+    write(tmp_path / "etc/my_train.fileids", "ann/one\nbob/one\n")
+    with pytest.raises(ClipError, match="my_train.transcription: No such file"):
+        entries(tmp_path)
+    write(tmp_path / "etc/my_train.transcription", "<s> HELLO ANN </s> (one)\n<s> GOODBYE BOB </s> (one)\n")
+    with pytest.raises(ClipError, match="two texts of 'one'; name the folder too"):
+        entries(tmp_path)
+    write(tmp_path / "etc/my_train.transcription", "HELLO ANN (ann/one)\n")
+    assert "bob/one.wav: no transcript, expected a line for it in my_train.transcription" in str(
+        [read_entry(entry) for entry in entries(tmp_path)[1]])
+    write_tone(tmp_path / "libri/1/2/1-2-0.wav", "")
+    write_tone(tmp_path / "libri/1/2/1-2-9.wav", "")
+    write(tmp_path / "libri/1/2/1-2.trans.txt", "1-2-0\tHELLO\n1-2-1 LOST\n")
+    read = [read_entry(entry) for entry in entries(tmp_path / "libri")[1]]
+    assert read[0].text == "hello" and "expected a line for it in 1-2.trans.txt" in str(read[1])
+    assert "1 lines in .trans.txt have no sound, like 1-2-1" in capsys.readouterr().err
+
+
+def test_files_that_hold_no_clip_are_named(tmp_path):
+    write(tmp_path / "a.mp4", "version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 12\n")
+    write(tmp_path / "a.txt", "hi")
+    assert "a Git LFS pointer" in str(read_entry(entries(tmp_path)[1][0]))
+    write(tmp_path / "a.mp4", "")
+    assert "an empty file" in str(read_entry(entries(tmp_path)[1][0]))
+    write(tmp_path / "a.mp4", "<!doctype html><html>404 Not Found")
+    assert "misdetection" not in str(read_entry(entries(tmp_path)[1][0]))
+    with pytest.raises(ClipError, match="a.mp4: a file; give its folder"):
+        entries(tmp_path / "a.mp4")
