@@ -53,9 +53,10 @@ def recognise(folder):
     names = list(files_below(folder))
     name, listed = by_tables(folder)
     if not listed:
-        for below in sorted({Path(path).parent for path in names if os.path.basename(path).lower() in LISTS} - {folder}):
+        below_it = {Path(path).parent for path in names if os.path.basename(path).lower() in LISTS} - {folder}
+        for below in sorted(below_it):
             if (name := by_tables(below)[0]):
-                raise clip_error(folder, f"a folder above one of the layout {name}; give that: {shown(below)}")
+                raise clip_error(folder, f"layout {name} is in {shown(below)}, below it; give that folder")
         name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
     used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
     others = [path for path in names if path not in used and os.path.splitext(path)[1].lower() not in TEXTS]
@@ -236,7 +237,7 @@ def side_by_side(folder, files):
     everybody = set().union(*(folders(path, folder) for path in clips))
     for path, talker in talker_of:
         split = next(filter(None, map(named_split, path.relative_to(folder).parts[:-1])), None)
-        text = lists.pop(path.with_suffix(""), None)
+        text = lists.get(path.with_suffix(""))
         source = known.get(path.with_suffix(".txt"), list_in.get(path.parent))
         if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
             own = folders(path, folder)
@@ -244,8 +245,8 @@ def side_by_side(folder, files):
             source = max(alike, default=(0, None))[1]
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
-    if lists := sorted(map(str, lists)):
-        note(f"{shown(folder)}: {len(lists)} lines in .trans.txt have no sound, like {shown(os.path.basename(lists[0]))}")
+    if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
+        note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
     if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
         listed = [replace(entry, split=None) for entry in listed]
     return listed
@@ -319,4 +320,5 @@ def cut(entry):
         if pieces[-1] and end - pieces[-1][0][1] > CUT_SECONDS and words[-1][2] - start > 1:    # no leftover of a word
             pieces.append([])
         pieces[-1].append((word, start, end))
-    return [replace(entry, text=" ".join(word for word, _, _ in piece), span=(piece[0][1], piece[-1][2])) for piece in pieces]
+    return [replace(entry, text=" ".join(word for word, _, _ in piece), span=(piece[0][1], piece[-1][2]))
+            for piece in pieces]

@@ -382,7 +382,7 @@ def test_sphinx_lists_with_folders_in_their_ids(tmp_path):
 def test_a_table_below_the_folder_is_named(tmp_path):
     write_tone(tmp_path / "my/clips/0.wav", "beside")
     write(tmp_path / "my/Manifest.CSV", "path,text\nclips/0.wav,zero\n")
-    with pytest.raises(ClipError, match=f"a folder above one of the layout manifest; give that: {tmp_path}/my"):
+    with pytest.raises(ClipError, match=f"layout manifest is in {tmp_path}/my, below it; give that"):
         entries(tmp_path)
     layout, clips_found = found(tmp_path / "my")
     assert layout == "manifest" and clips_found["clips/0.wav"][2] == "zero"
@@ -392,7 +392,7 @@ def test_a_table_below_the_folder_is_named(tmp_path):
     for name in ("train", "val", "test"):
         write(tmp_path / f"deep/mvlrs_v1/{name}.txt", "1/0\n")
     write_tone(tmp_path / "deep/mvlrs_v1/main/1/0.wav", "Text:  HELLO\n")
-    with pytest.raises(ClipError, match="layout LRS2; give that: .*mvlrs_v1"):
+    with pytest.raises(ClipError, match="layout LRS2 is in .*mvlrs_v1, below it"):
         entries(tmp_path / "deep")
 
 
