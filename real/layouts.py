@@ -149,12 +149,13 @@ def manifest(folder):
         return None
     if more[:-1]:
         raise clip_error(folder, f"two tables, {path.name} and {more[0].name}; keep one")
-    listed, line_of = [], {}
+    listed, seen = [], {}
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
-        if (first := line_of.setdefault(row["path"], line)) != line:
-            raise clip_error(path, f"line {line}: {row['path']!r} is on line {first} too; cut it, or keep one line")
+        text, first = seen.setdefault(row["path"], (row["text"], line))
+        if text != row["text"]:
+            raise clip_error(path, f"line {line}: {row['path']!r} has another text on line {first}; cut it, or keep one")
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")

@@ -426,8 +426,8 @@ def test_columns_and_lines_that_are_not_used_are_said(tmp_path, capsys):
     write(tmp_path / "manifest.csv", "path,text,subset,start\na.wav,one,test,0\n , ,,\n")
     assert found(tmp_path)[1]["a.wav"][2] == "one"
     assert "manifest.csv: columns that are not used: start, subset" in capsys.readouterr().err
-    write(tmp_path / "manifest.csv", "path,text,start\na.wav,one,0\na.wav,two,1\n")
-    with pytest.raises(ClipError, match="line 3: 'a.wav' is on line 2 too"):
+    write(tmp_path / "manifest.csv", "path,text,start\na.wav,one,0\na.wav,one,0\na.wav,two,1\n")
+    with pytest.raises(ClipError, match="line 4: 'a.wav' has another text on line 2"):
         entries(tmp_path)
     write(tmp_path / "manifest.csv", "path,text,text\na.wav,one,two\n")
     with pytest.raises(ClipError, match="two columns 'text'"):
