@@ -66,10 +66,10 @@ def toy_lists():
                ("bottleneck 1", "--bottleneck 1"), ("bottleneck 48", "--bottleneck 48"),
                ("1 expert of 48", "--n-routed 0 --bottleneck 48"),
                ("beside feed-forward", "--place ffn"), ("beside the layer", "--place layer")]
+    length = [("one set of rates in a step", "--rates-per-step 1"), ("8 clips in a step", "--batch-size 8"),
+              ("3,400 steps", "--steps 3400")]                # asked of LoRA too
     causes = [("no balancing loss", "--balance 0"), ("lr 3e-3", "--lr 3e-3"), ("lr 6e-3", "--lr 6e-3"),
-              ("16 routed experts", "--n-routed 16"), ("8 clips in a step", "--batch-size 8"),
-              ("3,400 steps", "--steps 3400"), ("one set of rates in a step", "--rates-per-step 1")]
-    of_lora = causes[-3:]
+              ("16 routed experts", "--n-routed 16")]
     valid = dict(flags="--valid-every 1700", split="valid")
     pairs = "2:2", "4:4", "8:8", "4:2", "4:5", "16:2", "16:5"
     return {
@@ -81,7 +81,7 @@ def toy_lists():
         "experts": [Trial("mome", both[0], *more) for more in experts],
         "ideas": [Trial(method, both[0], **valid) for method in ("mome", *IDEAS)],
         "causes": [*(Trial("mome", both[0], *more) for more in causes),
-                   *(Trial("lora", both[0], *more) for more in of_lora)]}
+                   *(Trial(method, both[0], *more) for more in length for method in ("mome", "lora"))]}
 
 
 def real_lists():
