@@ -121,14 +121,14 @@ class TrainConfig:
 def encode_parts(model, clips, parts, task, rng, voices, features):
     """Augmented clips through the frozen encoders, once for all rates -> for each part (its share, its rows)
     {stream: (tokens, lengths)}. Real encoders have read the clips before, see real/features.py."""
-    cached = [stream for stream in TASKS[task] if features and stream in features.identity]
-    fresh = [stream for stream in TASKS[task] if stream not in cached]
-    tokens = features.rows(clips, cached, rng) if cached else {}
-    raw = rows_of(clips, fresh, rng, voices)
+    streams = TASKS[task]
+    of_clips = features.rows(clips, streams, rng) if features else rows_of(clips, streams, rng, voices)
     for _, rows in parts:
-        known = padded({stream: [xs[row] for row in rows] for stream, xs in tokens.items()})
-        new = to_inputs({stream: [xs[row] for row in rows] for stream, xs in raw.items()})
-        yield to_device(known, model.device) | model.encode(to_device(new, model.device))
+        of_part = {stream: [xs[row] for row in rows] for stream, xs in of_clips.items()}
+        if features:
+            yield to_device(padded(of_part), model.device)
+        else:
+            yield model.encode(to_device(to_inputs(of_part), model.device))
 
 
 def learning_rate(step, steps, peak):

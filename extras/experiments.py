@@ -15,7 +15,7 @@ A row of results.csv is one WER of one run. Its columns:
     rates        audio:video, or the rate of the one stream, or auto
     tokens       that the LLM reads before the first word, mean over clips
     flops        of a clip of 3 s at these rates, encoders and LLM (extras/cost.py)
-    seconds      of the whole run, whatever else the machine did
+    seconds      that the last process of the run counted: stages 1 and 2 are missing where the cache has them
     split        test, or valid for what was still being chosen
 """
 import argparse

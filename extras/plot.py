@@ -48,10 +48,13 @@ def spread(values):
 
 
 def of_common_seeds(found):
-    """{title: rows} -> the same without titles that have none, and with only the seeds that all titles have."""
-    found = {title: rows for title, rows in found.items() if rows}
-    seeds = set.intersection(*({row["seed"] for row in rows} for rows in found.values())) if found else set()
-    return {title: chosen(rows, seed=list(seeds)) for title, rows in found.items()}
+    """{title: rows} -> the same without titles that have none, and with only the seeds that all trainings have."""
+    trainings = {}
+    for title, rows in found.items():
+        for row in rows:
+            trainings.setdefault((title, row["train_rates"]), set()).add(row["seed"])
+    seeds = list(set.intersection(*trainings.values())) if trainings else []
+    return {title: chosen(rows, seed=seeds) for title, rows in found.items() if rows}
 
 
 def cell(rows, task, train_rates, errors=True):
@@ -98,7 +101,7 @@ def parameters(rows, columns):
     """A line: the parameters in the LLM, of each method, active and in all."""
     lines = []
     for title, (method, variant) in columns.items():
-        of_method = chosen(rows, method=method, variant=variant)
+        of_method = chosen(rows, method=method, variant=variant, train_rates="2,4,8")
         if of_method:
             lines.append([title, f"{int(of_method[0]['active_params']):,}", f"{int(of_method[0]['trained_params']):,}"])
     return markdown(["in the LLM", "active for one token", "in all"], lines)
@@ -190,12 +193,13 @@ def updated(page, made):
 def tokens_picture(figure, rows, train_rates="2,4,8", snrs=("clean", "-5")):
     """Draw WER over the tokens that the LLM reads before the first word: a panel for each noise, a line a method."""
     figure.set_size_inches(9, 3.6)
+    toy = chosen(rows, train_rates=train_rates, data="synthetic", task="avsr", split="test")
+    of_methods = {title: chosen(toy, method=METHODS[title][0], variant=METHODS[title][1]) for title in STYLES}
+    of_methods = of_common_seeds(of_methods)
     for panel, snr in zip(figure.subplots(1, len(snrs), sharey=True), snrs):
-        for title, colour in STYLES.items():
-            method, variant = METHODS[title]
+        for title, of_method in of_methods.items():
             points = {}
-            of_method = chosen(rows, method=method, variant=variant, train_rates=train_rates, data="synthetic")
-            for row in chosen(of_method, task="avsr", snr_db=snr):
+            for row in chosen(of_method, snr_db=snr):
                 if row["rates"] != "auto":
                     points.setdefault(row["rates"], []).append((float(row["tokens"]), float(row["wer"])))
             marks = {}
@@ -205,7 +209,7 @@ def tokens_picture(figure, rows, train_rates="2,4,8", snrs=("clean", "-5")):
             if marks:
                 tokens = sorted(marks)
                 rates, means, errors = zip(*(marks[n] for n in tokens))
-                panel.errorbar(tokens, means, errors, fmt="o-", capsize=3, color=colour, label=title)
+                panel.errorbar(tokens, means, errors, fmt="o-", capsize=3, color=STYLES[title], label=title)
                 panel.set_xscale("log")
                 panel.set_yscale("log")
                 panel.set_xticks([], minor=True)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from encoders import valid_mask
-from mome import MoME, pool
+from mome import MoME
 
 DRAWS = 2000     # of the bootstrap
 
@@ -127,8 +127,8 @@ def similarity_picture(figure, model, encoded, rate_sets, names):
     rows, ticks, labels, n = [], [], [], 0
     for stream in encoded:
         for rate in sorted({rates[stream] for rates in rate_sets if stream in rates}):
-            tokens, lengths = pool(encoded[stream][0][:1].float(), encoded[stream][1][:1], rate)
-            rows.append(model.projectors[stream](tokens)[0, :lengths[0]])
+            one = {stream: tuple(x[:1] for x in encoded[stream])}
+            rows.append(model.prefix(one, {stream: rate})[0][2:-1 - len(model.config.prompt)])    # without bos and markers
             ticks.append(n + len(rows[-1]) / 2)
             labels.append(f"{names[stream]}, {rate}")
             n += len(rows[-1])

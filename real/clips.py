@@ -122,23 +122,24 @@ def long_runs(x, shortest):
 def read_clip(path, span=None, sound=None, **reading):
     """A media file of at most 30 s, or `span` of it, start and end in seconds -> Clip. Raises ClipError.
 
-    `sound`: the file with the sound, if `path` has pictures only. `reading` are arguments of `read_pieces`."""
+    `sound`: the file with the sound, if `path` has none or only silence. `reading` are arguments of `read_pieces`."""
     source, streams = media.probe(path), reading.get("streams", ("audio", "video"))
-    if sound and not source.has_sound and streams == ("audio",):
-        return read_clip(sound, span, **reading)
-    if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
-        raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
-    (_, clip), *more = read_pieces(source, None, span=span, **reading)
-    if more or clip.duration > MAX_SECONDS:
-        raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
-    if sound and clip.wave is None and "audio" in streams:
+    if sound and "audio" in streams and media.is_silent(source):
         voice = read_clip(sound, span, **reading | {"streams": ("audio",)})
+        if "video" not in streams:
+            return voice
+        clip = read_clip(path, span, **reading | {"streams": ("video",)})
         missing = len(clip.frames) * SAMPLES_PER_FRAME - len(voice.wave)
         if abs(missing) > max(SAMPLE_RATE / 2, MISSING * len(voice.wave)):
             raise clip_error(sound, f"{voice.duration:.1f} s of sound for {clip.duration:.1f} s of pictures; "
                                     "is it another clip's?")
         wave = np.pad(voice.wave, (0, max(0, missing)))[:len(voice.wave) + missing]
         return with_log_power(replace(clip, wave=wave), len(voice.log_power))
+    if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
+        raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
+    (_, clip), *more = read_pieces(source, None, span=span, **reading)
+    if more or clip.duration > MAX_SECONDS:
+        raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     return clip
 
 

@@ -1,6 +1,6 @@
 """A cache of what real encoders make of real clips.
 
-Real encoders are frozen and large. So each clip passes them once, not once in every epoch, and training costs only the
+Real encoders are frozen and large. So each clip passes them once (and a stand-in beside one, at the same pace), not once in every epoch, and training costs only the
 LLM. The cache holds each clip as it is and a few augmented copies (not in the paper): sound of another pace, pitch,
 band, tone, noise and level; mouths shifted and mirrored. A clip that is read when it is drawn is encoded then.
 
@@ -56,13 +56,14 @@ def distort(wave, pace, voices, rng):
 def augmented(clip, stream, voices, rng):
     """The clip with one stream augmented. Its audio and its video get the same pace from equal `rng`s.
 
-    Audio is distorted. Mouths are shifted by up to 4 pixels, and half of the clips are mirrored."""
+    Audio is distorted. Mouths are shifted by up to a 20th of the picture, and half of the clips are mirrored."""
     pace = min(rng.uniform(0.8, 1.25), data.MAX_SECONDS / clip.duration)
     if stream == "audio":
         wave = distort(clip.wave, pace, voices, rng)
         return data.with_log_power(replace(clip, wave=wave), n_mels=len(clip.log_power))
     frames = data.change_pace(torch.from_numpy(clip.frames), pace).numpy()
-    frames = np.roll(frames, (rng.randint(-4, 4), rng.randint(-4, 4)), (1, 2))
+    reach = frames.shape[1] // 20
+    frames = np.roll(frames, (rng.randint(-reach, reach), rng.randint(-reach, reach)), (1, 2))
     return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)
 
 
@@ -79,7 +80,7 @@ def content(clip, stream):
 class Features:
     """The encoded clips of one training run, in `folder`. Missing ones are made at once, or when they are drawn.
 
-    model (AVSR) encodes them. identity {stream: value} names the cached streams. The value (anything for JSON) must
+    model (AVSR) encodes them. identity {stream: value} names its streams. The value (anything for JSON) must
     identify the encoder and how clips are read for it. Each clip has `copies` augmented copies besides itself."""
 
     def __init__(self, folder, model, identity, clips, copies, seed):

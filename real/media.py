@@ -261,6 +261,11 @@ def loudness(source):
                      for wave in wave_frames(source)])
 
 
+def is_silent(source):
+    """Has it no sound, or nothing but silence?"""
+    return not source.has_sound or max(loudness(source), default=SILENCE) <= SILENCE
+
+
 def motion(frames):
     """Pictures of lips -> (T,) dB: how much each differs from the one before it. It replaces a missing loudness."""
     level, previous = [], 0.

@@ -233,8 +233,7 @@ class Run:
         if config.fresh and is_first():
             self.path.unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "mome": revision()}
-        facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": place()[1]}
-        write_json(self.out / "run.json", facts)
+        self.facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": place()[1]}
 
     def __enter__(self):
         def ask_to_stop(*_):
@@ -261,7 +260,8 @@ class Run:
                 tensors = load(found)
                 facts = json.loads(bytes(tensors.pop("facts").tolist()))
                 if facts["finished"] and facts["settings"] != self.settings:
-                    return self.begin_log(0)                     # another training may follow one that has ended
+                    self.save(0)                                 # another training may follow one that has ended
+                    return self.begin_log(0)
                 self.refuse_other(facts["settings"])
                 kept = {name: list(facts["kept"][name]) for name in self.kept}
                 states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors}
@@ -357,6 +357,7 @@ class Run:
 
     def begin_log(self, step):
         """Keep the rows of an earlier part of this run, up to `step` -> `step`."""
+        write_json(self.out / "run.json", self.facts)
         if not is_first():
             return step
         path, rows = self.out / "log.csv", []
@@ -385,7 +386,9 @@ class Run:
         loads, entropies = [1.0], [0.0]
         for number, layer in enumerate(llm.layers):
             if layer.mome is not None and layer.mome.routed is not None:
-                probs, chosen, _ = layer.mome.routed
+                probs, chosen, valid = layer.mome.routed
+                if valid is not None:                        # padding is not counted
+                    probs, chosen = probs[valid.flatten()], chosen[valid.flatten()]
                 counts = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).cpu().float()
                 loads.append((counts.max() / counts.mean()).item())
                 mean = probs.mean(0)
@@ -410,7 +413,8 @@ class Run:
             if self.top_k < len(counts) and share > 0.95:
                 note(f"layer {number}: its router has collapsed: the same {self.top_k} experts get {share:.0%} of the tokens")
             elif idle:
-                note(f"layer {number}: expert {', '.join(idle)} got no token in the last {LOOK_EVERY} steps")
+                note(f"layer {number}: expert {', '.join(idle)} got no token in the last {LOOK_EVERY // LOG_EVERY} steps "
+                     f"that were looked at, at their last set of rates")
         self.counts = {}
 
 

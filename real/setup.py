@@ -3,17 +3,19 @@ import os
 import shutil
 import zlib
 from dataclasses import asdict, replace
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.features import Features
-from real.files import SPAN, CheckpointError, is_first
+from real.files import SPAN, CheckpointError, is_first, note
 from real.folders import folder_clips, read_all
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
@@ -30,7 +32,8 @@ def check_config(config):
     """Check flags that depend on one another. ValueError says which flag is wrong."""
     if not config.out:
         raise ValueError("--out '': name a folder")
-    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+    trains = not (config.eval_only or config.dry_run)
+    if trains and config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--batch-size {config.batch_size}: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
     parse_rates(config.rates)
     parse_snrs(config.snr)
@@ -53,8 +56,12 @@ def check_config(config):
         raise ValueError(f"--method {config.method} is about the router: --n-routed must be 1 or more")
     if config.method == "mome-teacher" and config.rates_per_step == "1":
         raise ValueError("--method mome-teacher: the finest rate teaches the others in the same step, so --rates-per-step is all")
-    if config.preset and not config.dry_run and len(config.real_paths) < 3:
-        raise ValueError(f"--preset {config.preset} needs {', '.join(FLAGS.values())} and --data; or --dry-run")
+    needed = {"llm"} | task_streams(config.tasks.split(","))
+    if config.preset and trains and not (config.data and needed <= config.real_paths.keys()):
+        flags = ", ".join(flag for part, flag in FLAGS.items() if part in needed)
+        raise ValueError(f"--preset {config.preset} with --tasks {config.tasks} needs {flags} and --data; or --dry-run")
+    if config.checkpointing and config.dry_run:
+        raise ValueError("--dry-run does not count what --checkpointing saves: leave it out")
 
 
 def cache_folder(config):
@@ -137,9 +144,10 @@ def set_up(config, tasks, device, watch):
                             projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
     features = None
-    keys = {stream: [known[stream]["whole"], asdict(sizes[stream]), str(dtype_on(device))]
-            for stream in parts if stream != "llm"}
-    if keys:
+    if parts.keys() - {"llm"}:                 # a stand-in beside a real encoder reads the same copies of a clip
+        whole = {stream: known[stream]["whole"] if stream in parts else sha256(save(encoder.state_dict())).hexdigest()
+                 for stream, encoder in model.encoders.items()}
+        keys = {stream: [content, asdict(sizes[stream]), str(dtype_on(device))] for stream, content in whole.items()}
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
     return model, clips, tokenizer, {"parts": known, "words": words}, features
@@ -154,6 +162,8 @@ def load_for_test(config, tasks, device):
         if not set(TASKS[task]) <= set(model.encoders):
             streams = " and ".join(model.encoders)
             raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
+        if task not in saved["tasks"]:
+            note(f"{config.out}: this model was not trained for {task}, but for {', '.join(saved['tasks'])}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
     return model, saved, clips, replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
                                         **{name: saved[name] for name in ("method", "rank", "projector_per_rate")})

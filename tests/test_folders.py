@@ -6,7 +6,7 @@ import pytest
 import soundfile
 from conftest import ffmpeg
 
-from data import ClipError
+from data import TASKS, ClipError, task_streams
 from real import clips, media
 from real.folders import entries, folder_clips, read_entry
 from real.layouts import Entry, named_split, transcript
@@ -310,7 +310,7 @@ def test_pictures_and_sound_of_one_name_are_one_clip(tmp_path):
     (_, listed, _) = entries(tmp_path)
     clip, = map(read_entry, listed)
     assert clip.streams == ("audio", "video") and len(clip.wave) == 19200 and np.abs(clip.wave[:16000]).mean() > .05
-    assert read_entry(listed[0], {"streams": ("audio",)}).streams == ("audio",)
+    assert read_entry(listed[0], {"streams": task_streams(["asr"])}).streams == ("audio",)
 
 
 def test_what_is_passed_over_is_said(tmp_path, capsys):
@@ -449,7 +449,10 @@ def test_sound_beside_silent_pictures(tmp_path, capsys):
     media.write_mp4(tmp_path / "a.mp4", pictures, np.zeros(19200, np.float32))
     write_tone(tmp_path / "a.wav", "one")
     entry, = entries(tmp_path)[1]
-    assert np.abs(read_entry(entry).wave[:16000]).mean() > .05
+    for task in ("avsr", "asr"):
+        clip = read_entry(entry, {"streams": task_streams([task])})
+        assert np.abs(clip.wave[:16000]).mean() > .05 and clip.streams == TASKS[task]
+    assert "silent" not in capsys.readouterr().err
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(64000), 16000)
     assert "a.wav: 4.0 s of sound for 1.2 s of pictures; is it another clip's?" in str(read_entry(entry))
 

@@ -206,8 +206,16 @@ def test_wrong_parts_are_one_line(argv, said, tmp_path, capsys):
     assert len(err) == 1 and said in err[0] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("argv", ["--tasks asr --llm x --audio-encoder x --data x", "--eval-only", "--dry-run"])
+def test_the_preset_needs_only_what_its_tasks_use(argv):
+    assert train_config("--preset", "paper", *argv.split()).preset == "paper"
+
+
 @pytest.mark.parametrize("argv, said", [
-    (["--preset", "paper"], "--preset paper needs"), (["--audio-encoder", "x"], "--data")])
+    (["--preset", "paper"], "--preset paper with --tasks avsr needs --llm, --audio-encoder, --video-encoder and --data"),
+    ("--preset paper --tasks asr --llm x --data x".split(), "with --tasks asr needs --llm, --audio-encoder and --data"),
+    ("--preset paper --dry-run --checkpointing".split(), "--dry-run does not count what --checkpointing saves"),
+    (["--audio-encoder", "x"], "--data")])
 def test_flags_that_need_others(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(argv)
@@ -270,6 +278,18 @@ def test_two_runs_may_share_a_cache(parts, tmp_path):
     assert train.main([*flags(parts), "--cache", str(tmp_path / "one"), "--out", str(tmp_path / "c")]) == 0
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "one/features").rglob("*") if p.is_file()}
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}) == 1
+
+
+def test_a_stand_in_reads_the_copies_that_a_real_encoder_reads(parts, tmp_path, monkeypatch):
+    """Sound and lips of a copy have one pace, so they belong together in time."""
+    drawn, rows = [], features.Features.rows
+    monkeypatch.setattr(features.Features, "rows", lambda *args: drawn.append(rows(*args)) or drawn[-1])
+    argv = flags(parts)
+    del argv[4:6]                              # the video encoder
+    argv += "--tasks avsr --copies 3 --steps 8 --audio-steps 1 --video-steps 1 --ctc-steps 1".split()
+    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    lengths = [(len(audio), len(video)) for step in drawn for audio, video in zip(step["audio"], step["video"])]
+    assert len(lengths) == 16 and len(set(lengths)) > 4 and all(abs(audio - 2 * video) <= 2 for audio, video in lengths)
 
 
 @pytest.fixture

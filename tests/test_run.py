@@ -1,5 +1,6 @@
 """python -m pytest tests/test_run.py: runs that are stopped and go on, their log, and what a kill leaves."""
 import csv
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from data import Clip
+from mome import Llama, LlamaConfig
 from real import run
 from real.files import CheckpointError
 from real.run import Run
@@ -96,7 +98,9 @@ def test_another_training_may_follow_in_the_same_folder(whole):
 
 
 def test_other_settings_are_refused_and_fresh_starts_anew(whole, stopped, capsys):
+    record = (stopped / "run.json").read_bytes()
     assert train.main(command(stopped, "--lr", 1e-3)) == 2
+    assert (stopped / "run.json").read_bytes() == record
     refusal = capsys.readouterr().err
     assert "of a run with other settings: --lr was 0.0, is 0.001" in refusal and "damaged" not in refusal
     assert train.main(command(stopped, "--fresh", "--lr", 1e-3)) == 0
@@ -304,6 +308,27 @@ def test_parts_of_a_step(monkeypatch):
     assert run.split_step(clips(30), [[1]], replace(config, batch_seconds=1)) == [(1.0, [0])]
     monkeypatch.setattr(run, "place", lambda: (1, 2))
     assert [rows for _, rows in run.split_step(clips(3, 9, 1, 5), words, config)] == [[1, 3]]
+
+
+def test_a_training_that_follows_owns_the_folder_from_its_start(whole, capsys, monkeypatch):
+    """Stopped in its first step, it leaves no log of its own to the training before it."""
+    out = shutil.copytree(whole, whole.parent / "followed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(command(out, "--lr", 1e-3))
+    assert train.main(command(out)) == 2 and "--lr was 0.001, is 0.0" in capsys.readouterr().err
+
+
+def test_padding_is_not_counted(tmp_path):
+    looking = Run.__new__(Run)
+    looking.counts, looking.n_tokens, looking.looked, looking.began = {}, 0, 0, 0
+    looking.log_rows, looking.log_file = csv.writer(io.StringIO()), io.StringIO()
+    looking.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
+    llm = Llama(LlamaConfig(30, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, n_routed=4, n_shared=0))
+    llm.transcript_loss([torch.randn(2, 16), torch.randn(9, 16)], [torch.tensor([1]), torch.tensor([2])])
+    looking.log(0, ("asr", [], [], []), 1., 1., llm)
+    assert looking.counts[0].sum() == 11 * looking.top_k       # of 18 places
 
 
 def test_experts_without_work_are_named(capsys):
