@@ -25,8 +25,8 @@ from extras.ideas import IDEAS
 from mome import MoME
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-METHODS = {"mome": 4.5e-3, "mome-routers": 4.5e-3, "lora": 4.5e-3, "lora-ms": 4.5e-3, "lora-mss": 4.5e-3,
-           "projectors": 2e-3, **dict.fromkeys(IDEAS, 4.5e-3)}    # peak learning rates; three are tuned, docs/results.md
+METHODS = {"mome": 3e-3, "mome-routers": 3e-3, "lora": 4.5e-3, "lora-ms": 4.5e-3, "lora-mss": 4.5e-3,
+           "projectors": 2e-3, **dict.fromkeys(IDEAS, 3e-3)}    # peak learning rates; three are tuned, docs/results.md
 
 
 # --- one copy of a module for each set of rates ----------------------------------------------------------------------

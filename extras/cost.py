@@ -12,6 +12,8 @@ import math
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import TASKS, parse_rates, task_rates, task_streams
@@ -55,7 +57,7 @@ def encoder_inputs(model, seconds):
     for stream, encoder in model.encoders.items():
         if stream == "audio":
             length = int(seconds * SAMPLE_RATE / HOP_LENGTH)
-            shape = (1, encoder.config.n_mels, length)
+            shape = (1, encoder.config.n_mels, 2 * encoder.config.max_tokens if encoder.config.padded else length)
         else:
             length = int(seconds * FPS)
             shape = (1, 1, length, encoder.config.picture, encoder.config.picture)
@@ -81,6 +83,25 @@ def flops(work):
     return counter.get_total_flops()
 
 
+class Fused(torch.autograd.Function):
+    """Attention that keeps its inputs and its output, as the fused kernels of CPUs and GPUs do, not the (T, T) matrices."""
+
+    @staticmethod
+    def forward(context, q, k, v):
+        out = torch.empty_like(q)
+        context.save_for_backward(q, k, v, out)
+        return out
+
+
+class FusedAttention(TorchFunctionMode):
+    """Inside it, attention is Fused: on the meta device torch has no fused kernel."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return Fused.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
 def bytes_for_backward(work, model):
     """Bytes of the tensors, other than the model's parameters, that work() saves for its backward pass."""
     parameters, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -91,7 +112,7 @@ def bytes_for_backward(work, model):
             saved[storage._cdata] = storage  # a reference, so that no other storage gets this address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
         loss = work()
     return sum(storage.nbytes() for storage in saved.values()) if loss.requires_grad else 0
 

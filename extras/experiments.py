@@ -62,13 +62,14 @@ def toy_lists():
     both = "2,4,8", "4,16x2,5"
     methods = [("mome", "", ""), ("lora", "", ""), ("lora-ms", "", ""), ("lora-mss", "", ""), ("projectors", "", ""),
                ("lora", "parameters of all experts", "--rank 23")]
+    older = "--lr 4.5e-3"        # MoME's rate before a lower one was tried; these rows were made with it
     experts = [("no shared expert", "--n-shared 0"), ("2 shared experts", "--n-shared 2"),
                ("bottleneck 1", "--bottleneck 1"), ("bottleneck 48", "--bottleneck 48"),
                ("1 expert of 48", "--n-routed 0 --bottleneck 48"),
                ("beside feed-forward", "--place ffn"), ("beside the layer", "--place layer")]
     length = [("one set of rates in a step", "--rates-per-step 1"), ("8 clips in a step", "--batch-size 8"),
               ("3,400 steps", "--steps 3400")]                # asked of LoRA too
-    causes = [("no balancing loss", "--balance 0"), ("lr 3e-3", "--lr 3e-3"), ("lr 6e-3", "--lr 6e-3"),
+    causes = [("no balancing loss", "--balance 0"), ("lr 4.5e-3", older), ("lr 6e-3", "--lr 6e-3"),
               ("16 routed experts", "--n-routed 16")]
     valid = dict(flags="--valid-every 1700", split="valid")
     pairs = "2:2", "4:4", "8:8", "4:2", "4:5", "16:2", "16:5"
@@ -76,9 +77,9 @@ def toy_lists():
         "main": [Trial(method, both[0], *more) for method, *more in methods],
         "paper-rates": [Trial(method, both[1], *more) for method, *more in methods],
         "pairs": [Trial(method, pair) for method in ("lora", "mome") for pair in pairs],
-        "sharing": [Trial("mome-routers", both[0]),
-                    Trial("mome", both[0], "projector per rate", "--projector-per-rate")],
-        "experts": [Trial("mome", both[0], *more) for more in experts],
+        "sharing": [Trial("mome-routers", both[0], "lr 4.5e-3", older),
+                    Trial("mome", both[0], "projector per rate", f"--projector-per-rate {older}")],
+        "experts": [Trial("mome", both[0], variant, f"{flags} {older}") for variant, flags in experts],
         "ideas": [Trial(method, both[0], **valid) for method in ("mome", *IDEAS)],
         "causes": [*(Trial("mome", both[0], *more) for more in causes),
                    *(Trial(method, both[0], *more) for more in length for method in ("mome", "lora"))]}

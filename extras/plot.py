@@ -156,9 +156,9 @@ def tables(rows):
     """results.csv -> {name: its text}."""
     tested = chosen(rows, split="test")
     toy, few = chosen(tested, data="synthetic"), {title: METHODS[title] for title in STYLES}
-    default = {"8 routed, 1 shared, bottleneck 8, beside attention": ("mome", "")}
+    default = {"8 routed, 1 shared, bottleneck 8, beside attention": ("mome", "lr 4.5e-3")}
     variants = {name: [(trial.method, trial.variant) for trial in LISTS[name]] for name in ("experts", "causes")}
-    sharing = {"a router for each set of rates": ("mome-routers", ""),
+    sharing = {"a router for each set of rates": ("mome-routers", "lr 4.5e-3"),
                "a projector for each rate": ("mome", "projector per rate")}
     experts = {name: (method, name) for method, name in variants["experts"]}
     names = {"mome": "MoME", "lora": "LoRA"}
@@ -175,7 +175,7 @@ def tables(rows):
         "main": by_condition(toy, "2,4,8", few),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
-        "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "")}),
+        "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "lr 4.5e-3")}),
         "sharing": by_variant(toy, "2,4,8", default | sharing),
         "experts": by_variant(toy, "2,4,8", default | experts),
         "causes": by_variant(toy, "2,4,8", {"MoME": ("mome", ""), "LoRA": ("lora", "")} | causes),

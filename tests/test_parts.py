@@ -425,3 +425,12 @@ def test_flops_are_twice_the_products():
     projector = 125 * sum(p.numel() for p in model.projectors.parameters() if p.dim() == 2)
     assert llm["llm_flops"] == 2 * (layers * tokens + projector + 30 * 64 * 256) + attention
     assert llm["cache_bytes"] == 2 * 2 * 4 * 64 * tokens * 4
+
+
+def test_a_dry_run_counts_padding_and_no_attention_matrices():
+    def of(seconds, *argv):
+        config = train_config(*"--preset paper --tasks asr --dry-run".split(), *argv)
+        return cost.costs(cost.model_of(config), seconds, {"audio": 1}, 1, 0)
+    assert of(10, "--pad-audio")["encoder_flops"] == of(30)["encoder_flops"] > 2 * of(10)["encoder_flops"]
+    short, long = (of(seconds)["step_bytes"] for seconds in (10, 20))
+    assert 1.9 < long / short < 2.1            # a (T, T) matrix would make it 3 times
