@@ -25,9 +25,9 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-JOINED = "(?!M)L+(?:['\u200c\u200d]L+)*"                 # the two joiners stand inside words of Persian and Hindi
-WORD = regex.compile(JOINED.replace("L", r"[\p{L}M\p{N}]").replace("M", r"\p{M}"))
-HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")           # soft hyphens, variants of letters and emoji
+JOINED = r"(?!\p{M})L+(?:['\u200c\u200d]L+)*"           # two joiners stand inside words of Persian and Hindi
+WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
+HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")  # soft hyphens, variants of letters and emoji
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'"))
 
 

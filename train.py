@@ -84,7 +84,7 @@ class TrainConfig:
     rates_per_step: str = flag("all", "sets of rates in a step; 1 is drawn at random", choices=("all", "1"))
     checkpointing: bool = flag(False, "compute activations of the LLM twice, to save memory")
     compile: bool = flag(False, "compile the layers of the LLM by torch.compile")
-    lr: float = flag(0., "peak learning rate; 0: 3e-3, LoRA 4.5e-3, projectors 2e-3, with --data 1.5e-3", least=0)
+    lr: float = flag(0., "peak learning rate; 0: 3e-3, lora 4.5e-3, projectors 2e-3; --data 1.5e-3", least=0)
     weight_decay: float = flag(0.1, "of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
     valid_clips: int = flag(200, "its clips that set the threshold of sample.py --rate auto", least=1)

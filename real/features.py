@@ -1,8 +1,9 @@
 """A cache of what real encoders make of real clips.
 
-Real encoders are frozen and large. So each clip passes them once (and a stand-in beside one, at the same pace), not once in every epoch, and training costs only the
-LLM. The cache holds each clip as it is and a few augmented copies (not in the paper): sound of another pace, pitch,
-band, tone, noise and level; mouths shifted and mirrored. A clip that is read when it is drawn is encoded then.
+Real encoders are frozen and large. So each clip passes them once, not once in every epoch, and training costs only the
+LLM. A stand-in beside one reads the same copies. The cache holds each clip as it is and a few augmented copies (not in
+the paper): sound of another pace, pitch, band, tone, noise and level; mouths shifted and mirrored. A clip that is read
+when it is drawn is encoded then.
 
 Every (clip, copy, stream) is a small file whose name is a hash of all that it depends on. Files are written whole. So a
 run may be killed and started again, and two runs may share the folder.

@@ -155,7 +155,8 @@ def manifest(folder):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
         text, first = seen.setdefault(row["path"], (row["text"], line))
         if text != row["text"]:
-            raise clip_error(path, f"line {line}: {row['path']!r} has another text on line {first}; cut it, or keep one")
+            raise clip_error(path, f"line {line}: {row['path']!r} has another text on line {first}; "
+                                   "cut the clip, or keep one line")
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
