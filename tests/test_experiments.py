@@ -99,7 +99,7 @@ def test_the_picture_of_tokens(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     rows = [dict.fromkeys(experiments.COLUMNS, "") | {
         "method": "mome", "data": "synthetic", "train_rates": "2,4,8", "rates": rates, "task": "avsr", "snr_db": snr, "seed": seed,
-        "wer": wer, "tokens": tokens}
+        "wer": wer, "tokens": tokens, "split": "test"}
         for rates, tokens, wer in (("2:2", "100", "0.2"), ("4:4", "50", "0.1"), ("auto", "60", "0.3")) for snr in ("clean", "-5") for seed in "01"]
     plot.tokens_picture(figure, rows)
     (line, *_), = figure.axes[1].containers
