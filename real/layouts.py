@@ -225,8 +225,8 @@ def side_by_side(folder, files):
     for path in files:
         if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
             list_in[path.parent] = path
-            for words in map(str.split, read_text(path).splitlines()):
-                lists[path.parent.joinpath(*words[:1])] = " ".join(words[1:])
+            for name, *words in filter(None, map(str.split, read_text(path).splitlines())):
+                lists[path.parent / name] = " ".join(words)
         elif path.suffix.lower() == ".align":
             aligns[path.stem].append((folders(path, folder), path))
     known, listed = {path.with_suffix(path.suffix.lower()): path for path in files}, []

@@ -493,7 +493,7 @@ def test_lists_that_lack_a_text_or_have_two(tmp_path, capsys):
         [read_entry(entry) for entry in entries(tmp_path)[1]])
     write_tone(tmp_path / "libri/1/2/1-2-0.wav", "")
     write_tone(tmp_path / "libri/1/2/1-2-9.wav", "")
-    write(tmp_path / "libri/1/2/1-2.trans.txt", "1-2-0\tHELLO\n1-2-1 LOST\n")
+    write(tmp_path / "libri/1/2/1-2.trans.txt", "1-2-0\tHELLO\n\n1-2-1 LOST\n")
     read = [read_entry(entry) for entry in entries(tmp_path / "libri")[1]]
     assert read[0].text == "hello" and "expected a line for it in 1-2.trans.txt" in str(read[1])
     assert "1 lines in .trans.txt have no sound, like 1-2-1" in capsys.readouterr().err
