@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder, valid_mask
 
@@ -92,24 +91,23 @@ class MoME(nn.Module):
         self.path = "auto"                  # how to compute: loop, grouped, wide, or auto to choose
         self.routed = None                  # the last call's routing, for balance_loss
 
-    def forward(self, h, valid=None):
-        """h (..., D), valid (...) true at tokens that are not padding -> (..., D)."""
+    def forward(self, h):
+        """h (..., D) -> (..., D). In training h is (N, D), without padding (Llama.hidden_states)."""
         x = h.reshape(-1, h.shape[-1])                                    # (N, D)
-        gates, experts = self.route(x, valid)                             # (N, A), (N, A)
+        gates, experts = self.route(x)                                    # (N, A), (N, A)
         path = self.best_path(x) if self.path == "auto" else self.path
         compute = getattr(self, path)                                     # loop, grouped or wide
         weights = self.down, self.down_bias, self.up, self.up_bias
         weights = [weight.to(h.dtype) for weight in weights]
         return compute(x, gates, experts, *weights).view_as(h)
 
-    def route(self, x, valid=None):
+    def route(self, x):
         """x (N, D) -> gates (N, A) and expert numbers (N, A). Shared experts come first, with gates of 1.
         Routed gates: a softmax over all N_r logits, its K largest values divided by their sum. That equals
         a softmax over the K largest logits. Two tokens, N_r = 4, K = 2:
 
             logits [2, 0, 1, -1]  softmax [.64, .09, .24, .03]  experts 0, 2  gates .73, .27
             logits [0, 0, 3,  3]  softmax [.02, .02, .48, .48]  experts 2, 3  gates .50, .50
-
         With K = 1 the softmax value stays: a gate of 1 would give the router no gradient (not in the paper).
         The router computes in fp32: a rounded logit could choose the wrong expert."""
         gates = x.new_ones(len(x), self.n_shared)
@@ -121,7 +119,7 @@ class MoME(nn.Module):
             logits = F.linear(x.float(), self.router.weight.float())      # (N, N_r)
         probs = logits.softmax(dim=-1)
         top, chosen = probs.topk(self.top_k, dim=-1)                      # (N, K)
-        self.routed = probs, chosen, valid
+        self.routed = probs, chosen
         if self.top_k > 1:
             top = top / top.sum(dim=-1, keepdim=True)
         gates = torch.cat([gates, top.to(x.dtype)], dim=1)
@@ -130,19 +128,15 @@ class MoME(nn.Module):
 
     @property
     def balance_loss(self):
-        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. Padding is left out.
+        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load.
         f_e: share of all choices that went to expert e. P_e: mean probability of expert e."""
         if self.routed is None:
             return self.down.new_zeros(())
-        probs, chosen, valid = self.routed
-        weight = probs.new_ones(len(probs))                               # (N,) of 0 and 1
-        if valid is not None:
-            weight = valid.reshape(-1).to(probs)
+        probs, chosen = self.routed
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
-        counts = self.sum_counts(weight @ choices)                        # (N_r,)
-        total = counts.sum().clamp(min=1)                                 # K choices of each token
-        f = counts / total
-        P = weight @ probs / (total / self.top_k)                         # (N_r,)
+        counts = self.sum_counts(choices.sum(0))                          # (N_r,)
+        f = counts / counts.sum()                                         # of K choices of each token
+        P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,)
         return self.n_routed * (f * P).sum()
 
     @staticmethod
@@ -153,16 +147,14 @@ class MoME(nn.Module):
             token, slot = (experts == n).nonzero(as_tuple=True)
             hidden = F.gelu(x[token] @ down[n].T + down_bias[n])
             y = hidden @ up[n] + up_bias[n]
-            gate = gates[token, slot, None]
-            out = out.index_add(0, token, gate * y)
+            out = out.index_add(0, token, gates[token, slot, None] * y)
         return out
 
     @staticmethod
     def wide(x, gates, experts, down, down_bias, up, up_bias):
         """All experts as one bottleneck of width E * R. Gates of 0 remove the experts that were not chosen.
         This is E / A times the arithmetic, but no token moves. For narrow experts moving costs more."""
-        gate = gates.new_zeros(len(x), len(down))
-        gate = gate.scatter(1, experts, gates)                                           # (N, E)
+        gate = gates.new_zeros(len(x), len(down)).scatter(1, experts, gates)             # (N, E)
         hidden = F.linear(x, down.flatten(0, 1), down_bias.flatten())                    # (N, E * R)
         hidden = F.gelu(hidden).unflatten(1, down_bias.shape)
         hidden = (hidden * gate[..., None]).flatten(1)
@@ -226,20 +218,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.dim, bias=bias)
 
-    def forward(self, x, rope, write=None, mask=None):
-        """x (B, T, D) -> (B, T, D), causal. In decoding, `write(k, v)` stores new keys and values and returns
-        all S of them, and mask (B, 1, 1, S) is true where the new token may look (sample.KVCache)."""
+    def forward(self, x, rope, lengths=None, write=None, mask=None):
+        """x (B, T, D), or (N, D) with lengths (Llama.hidden_states) -> the same shape, causal. In decoding
+        `write(k, v)` stores new keys and values and returns all S of them, and mask (B, 1, 1, S) is true
+        where the new token may look (sample.KVCache)."""
         def heads(y):
+            if lengths is not None:
+                T = len(rope[0])
+                rows = [F.pad(row, (0, 0, 0, T - len(row)))
+                        for row in y.split(lengths)]
+                y = torch.stack(rows)                                     # (B, T, D)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
-
         q = rotate(heads(self.q_proj(x)), *rope)
         k = rotate(heads(self.k_proj(x)), *rope)
         v = heads(self.v_proj(x))
         if write is not None:
             k, v = write(k, v)
-        causal = x.shape[1] > 1
+        causal = q.shape[2] > 1
         h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(h.transpose(1, 2).flatten(2))
+        h = h.transpose(1, 2).flatten(2)                                  # (B, T, D)
+        if lengths is not None:
+            h = torch.cat([row[:n] for row, n in zip(h, lengths)])        # (N, D)
+        return self.o_proj(h)
 
 
 class SwiGLU(nn.Module):
@@ -265,18 +265,18 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
         self.place, self.mome = None, None      # Llama.add_mome sets them
 
-    def forward(self, x, valid=None, **attention):
-        """x (B, T, D), valid (B, T) true at tokens that are not padding -> (B, T, D)."""
+    def forward(self, x, **attention):
+        """x (..., D) -> (..., D), see Attention."""
         h = self.input_layernorm(x)
         y = x + self.self_attn(h, **attention)
         if self.place == "attn":
-            y = y + self.mome(h, valid)         # beside the attention
+            y = y + self.mome(h)                # beside the attention
         g = self.post_attention_layernorm(y)
         z = y + self.mlp(g)
         if self.place == "ffn":
-            z = z + self.mome(g, valid)         # beside the feed-forward
+            z = z + self.mome(g)                # beside the feed-forward
         if self.place == "layer":
-            z = z + self.mome(h, valid)         # beside the whole layer
+            z = z + self.mome(h)                # beside the whole layer
         return z
 
 
@@ -322,33 +322,33 @@ class Llama(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
 
-    def hidden_states(self, x, valid=None, positions=None, cache=None):
-        """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`.
-        valid (B, T): true at tokens; padding stands on the right, where a causal model never looks.
-        positions: 0 to T - 1 by default; every entry takes one. cache: a sample.KVCache, in decoding."""
+    def hidden_states(self, x, lengths=None, positions=None, cache=None):
+        """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`. With a list of
+        B lengths x (N, D) -> (N, D): tokens of B clips, one clip after another. Attention alone pads them, on
+        the right, where a causal model never looks. positions: 0 to T - 1 by default; every entry takes one.
+        cache: a sample.KVCache, in decoding."""
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
+            T = x.shape[-2] if lengths is None else max(lengths)
+            positions = torch.arange(T, device=x.device)
         cos, sin = rope_tables(positions, self.inv_freq)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = None if cache is None else cache.mask()
         for i, layer in enumerate(self.layers):
             write = None if cache is None else cache.writer(i)
-            x = layer(x, valid, rope=rope, write=write, mask=mask)
+            x = layer(x, rope=rope, lengths=lengths, write=write, mask=mask)
         return self.norm(x)
 
     def transcript_loss(self, prefixes, labels):
         """Mean next-token cross-entropy of `labels` (B tensors of ids) after `prefixes` (B tensors (T_b, D)).
             row        prefix ... prompt   y0   y1   y2         Logits are computed only where labels stand:
             predicts                  y0   y1   y2   <eos>      elsewhere they would fill the memory."""
-        rows = []
-        for prefix, y in zip(prefixes, labels):
-            rows.append(torch.cat([prefix, self.embed_tokens(y[:-1])]))
-        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-        x = pad_sequence(rows, batch_first=True)                          # (B, T, D)
-        hidden = self.hidden_states(x, valid_mask(lengths, x.shape[1]))
+        inputs = [self.embed_tokens(y[:-1]) for y in labels]
+        rows = [torch.cat(row) for row in zip(prefixes, inputs)]
+        lengths = [len(row) for row in rows]
+        hidden = self.hidden_states(torch.cat(rows), lengths)             # (N, D)
         at_labels = []
-        for h, row, y in zip(hidden, rows, labels):
-            at_labels.append(h[len(row) - len(y):len(row)])
+        for h, y in zip(hidden.split(lengths), labels):
+            at_labels.append(h[-len(y):])
         logits = self.logits(torch.cat(at_labels)).float()                # (all labels, V)
         return F.cross_entropy(logits, torch.cat(labels))
 

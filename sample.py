@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from data import TASKS, TOKENS_PER_SECOND, ClipError, batch, in_babble, normalize
 from data import MAX_SECONDS, parse_rates, task_rates, task_streams, to_device
-from encoders import valid_mask
 from real import media
 from real.checkpoint import FLAGS, load_for_use, reading
 from real.clips import alike, choose_task, read_pieces
@@ -93,7 +92,7 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
     x = pad_sequence(prefixes, batch_first=True)
     cache = KVCache(llm.config, lengths, x.shape[1] + max_tokens, x, W)
-    hidden = llm.hidden_states(x, valid_mask(lengths, x.shape[1]), cache=cache)
+    hidden = llm.hidden_states(x, cache=cache)
     last = hidden[clip, lengths - 1].repeat_interleave(W, 0)                 # (B * W, D)
     scores = torch.full((B, W), -torch.inf, device=device)
     scores[:, 0] = 0                                     # at first all beams of a clip are the same

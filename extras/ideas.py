@@ -48,11 +48,11 @@ class BiasedMoME(MoME):
 
     `balance_loss` moves the bias of an expert against its load and leaves the router alone."""
 
-    def route(self, x, valid=None):
-        gates, experts = super().route(x, valid)
-        probs, _, valid = self.routed
+    def route(self, x):
+        gates, experts = super().route(x)
+        probs, _ = self.routed
         chosen = (probs + self.bias).topk(self.top_k, dim=-1).indices
-        self.routed = probs, chosen, valid
+        self.routed = probs, chosen
         top = probs.gather(1, chosen)
         if self.top_k > 1:
             top = top / top.sum(dim=-1, keepdim=True)
@@ -62,10 +62,9 @@ class BiasedMoME(MoME):
 
     @property
     def balance_loss(self):
-        probs, chosen, valid = self.routed
-        weight = probs.new_ones(len(probs)) if valid is None else valid.reshape(-1).to(probs)
-        load = weight @ torch.zeros_like(probs).scatter(1, chosen, 1.0)
-        total = self.sum_counts(load).sum().clamp(min=1)                  # of all processes, whose gradients add up
+        probs, chosen = self.routed
+        load = torch.zeros_like(probs).scatter(1, chosen, 1.0).sum(0)
+        total = self.sum_counts(load).sum()                               # of all processes, whose gradients add up
         excess = (self.n_routed * load - load.sum()) / total
         return (self.bias * excess).sum()                                 # its gradient is the excess load
 

@@ -12,9 +12,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from encoders import valid_mask
 from mome import MoME
 
 DRAWS = 2000     # of the bootstrap
@@ -40,20 +38,18 @@ def observed(llm):
 def prefix_choices(model, encoded, rates):
     """Encoded clips at one set of rates -> {stream: for each clip the experts (layers, T, K) of its T pooled tokens}."""
     prefixes = model.prefix(encoded, rates)
-    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-    x = pad_sequence(prefixes, batch_first=True)
+    lengths = [len(prefix) for prefix in prefixes]
     with observed(model.llm) as choices:
-        model.llm.hidden_states(x, valid_mask(lengths, x.shape[1]))
+        model.llm.hidden_states(torch.cat(prefixes), lengths)
     if not choices:
         raise ValueError("this model has no routed experts")
-    experts = torch.stack([calls[0] for calls in choices.values()])            # (layers, B * T, K)
-    experts = experts.view(len(experts), *x.shape[:2], -1).cpu()
+    experts = torch.stack([calls[0] for calls in choices.values()]).cpu()      # (layers, N, K)
     found = {stream: [] for stream in rates}
-    for clip in range(len(x)):
+    for clip, of_clip in enumerate(experts.split(lengths, 1)):
         position = 1                                                           # after <bos>
         for stream, rate in rates.items():
             n_tokens = -(-int(encoded[stream][1][clip]) // rate)
-            found[stream].append(experts[:, clip, position + 1:position + 1 + n_tokens].numpy())    # after its marker
+            found[stream].append(of_clip[:, position + 1:position + 1 + n_tokens].numpy())    # after its marker
             position += n_tokens + 2
     return found
 

@@ -386,9 +386,7 @@ class Run:
         loads, entropies = [1.0], [0.0]
         for number, layer in enumerate(llm.layers):
             if layer.mome is not None and layer.mome.routed is not None:
-                probs, chosen, valid = layer.mome.routed
-                if valid is not None:                        # padding is not counted
-                    probs, chosen = probs[valid.flatten()], chosen[valid.flatten()]
+                probs, chosen = layer.mome.routed
                 counts = torch.bincount(chosen.flatten(), minlength=probs.shape[1]).cpu().float()
                 loads.append((counts.max() / counts.mean()).item())
                 mean = probs.mean(0)
