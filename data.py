@@ -24,6 +24,7 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
+MAX_RATE = 10_000                                        # tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 JOINED = r"(?!\p{M})L+(?:['\u200c\u200d]L+)*"           # two joiners stand inside words of Persian and Hindi
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
@@ -74,8 +75,8 @@ def parse_rates(text):
         pairs = [(int(audio), int(video)) for audio, video in pairs]
     except ValueError:
         raise ValueError(f"rates {text!r} are not like '2,4,8', '4:2,16:5' or '4,16x2,5'") from None
-    if min(map(min, pairs)) < 1:
-        raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 or more")
+    if not 1 <= min(map(min, pairs)) <= max(map(max, pairs)) <= MAX_RATE:
+        raise ValueError(f"rates {text!r}: a rate is how many tokens become one, 1 to {MAX_RATE}")
     return list(dict.fromkeys(pairs))
 
 

@@ -29,6 +29,7 @@ from extras.auto import auto_plan, calibrate
 from extras.baselines import METHODS, add_adapter
 from mome import PLACES, LlamaConfig
 from real.checkpoint import EXPERTS, save_model
+from real.clips import limits
 from real.files import ERRORS, write_json
 from real.folders import read_drawn
 from real.options import flag, parse_options, parse_snrs
@@ -198,11 +199,10 @@ def train(config, tasks, pairs, device, watch):
     out = Path(config.out)
     with first_alone():
         model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
-    longest = max(clip.duration for clip in clips["train"])
     torch.manual_seed(config.seed)
-    saved = add_adapter(model, config, tasks, pairs) | {"longest": longest}
+    saved = add_adapter(model, config, tasks, pairs) | limits(clips["train"])
     print(parameter_line(saved))
-    run = Run(config, clips["train"])
+    run = Run(config, clips["train"], frozen["frozen"])
     prepare_layers(model.llm.layers, config)
 
     def test_held_out(step, loss):

@@ -25,13 +25,13 @@ AWAY = "face is away for over a second"
 
 
 def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None,
-                span=None):
+                span=None, levels=None):
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
     With `longest` None the file, or `span` (start and end in seconds) of it, is read as one clip. Damage that ffmpeg
     reports is then an error, otherwise a note.
-    `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths."""
+    `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`."""
     def lips():
         return closing(mouths(selected, size, box, cache))
 
@@ -64,12 +64,12 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 continue
             if wave is not None and np.abs(wave).max() < 1e-4:
                 wave, unused = None, unused | {"sound is silent"}
-            if wave is None and frames is not None and media.is_still(frames):
+            if frames is not None and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
             n_pieces += 1
-            yield start / FPS, with_log_power(Clip(name, text, wave, frames), n_mels)
+            yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
 
     # 3. Is anything wrong with the file?
     if span and end < spans[0][1] - MISSING * (spans[0][1] - spans[0][0]):
@@ -98,7 +98,12 @@ def speech_over_time(source, selected, lips, max_frames):
 
     The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
     frames, and the source is longer than `max_frames`, the pictures of `lips()` show it."""
-    level = media.loudness(source) if source.has_sound else np.zeros(0)
+    try:
+        level = media.loudness(source) if source.has_sound else np.zeros(0)
+    except ClipError:                     # the sound cannot be read; the lips may be
+        if selected.has_sound:
+            raise
+        level = np.zeros(0)
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)
     active = np.pad(media.active_frames(level, media.SILENCE, rise=6), missing)
@@ -111,6 +116,27 @@ def speech_over_time(source, selected, lips, max_frames):
         active[:len(motion)] |= media.active_frames(motion, 0.5, rise=3) & unheard
         level[:len(motion)][unheard] = motion[unheard] - 200
     return active, level
+
+
+def limits(clips):
+    """What sample.py keeps to, for config.json: `longest`, the duration of the longest of the training clips, and
+    `levels`, what a 20th of them is quieter and a 20th louder than, in dB; None without sound."""
+    levels = [mel_level(clip) for clip in clips if clip.log_power is not None]
+    return {"longest": max(clip.duration for clip in clips),
+            "levels": np.percentile(levels, (5, 95)).tolist() if levels else None}
+
+
+def mel_level(clip):
+    """The mean power of a clip's sound in dB."""
+    return 10 * float(np.log10(np.mean(10 ** clip.log_power.astype(np.float32))))
+
+
+def at_level(clip, levels):
+    """A clip whose sound is quieter or louder than `levels` (two, in dB) with sound at the nearer of the two."""
+    if clip.wave is None or not levels:
+        return clip
+    gain = np.clip(mel_level(clip), *levels) - mel_level(clip)
+    return with_log_power(replace(clip, wave=clip.wave * np.float32(10 ** (gain / 20))), len(clip.log_power))
 
 
 def long_runs(x, shortest):

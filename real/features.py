@@ -137,5 +137,5 @@ class Features:
         try:
             return {stream: [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
                     for stream in streams}
-        except (OSError, SafetensorError) as error:
+        except (OSError, KeyError, SafetensorError) as error:
             raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None

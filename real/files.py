@@ -27,6 +27,7 @@ class TrainingError(ValueError):
 
 
 ERRORS = (CheckpointError, TrainingError, WeightsError, OSError, BrokenProcessPool)    # each is said in one line
+HALF = ".half"  # ends the name of a file that is being written
 SPAN = "#t="    # in the name of a clip that is a part of a file: what follows is its start and end in seconds
 
 
@@ -66,8 +67,11 @@ def note(text):
 def write_whole(path, write):
     """Call write(temporary path) and then rename that file to `path`, so that `path` never holds half a file.
 
-    Raises OSError, which names `path`."""
-    path, temporary = Path(path), temporary_of(path)
+    A link is followed, and a device is written to. Raises OSError, which names `path`."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        return write(path)
+    temporary = temporary_of(path)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -99,7 +103,7 @@ def write_together(contents):
 
 def temporary_of(path):
     """The path at which a file is written before it is renamed to `path`."""
-    return Path(path).with_name(f".{Path(path).name[:200]}.{os.getpid()}")
+    return Path(path).with_name(f".{Path(path).name[:200]}.{os.getpid()}{HALF}")
 
 
 def plain(error, path):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from data import ClipError
+from data import MAX_SECONDS, ClipError
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from real.files import is_pointer, note, shown
 
@@ -29,6 +29,7 @@ SUFFIXES = SOUND_SUFFIXES | set(
     ".mp4 .m4v .mpg .mpeg .mov .avi .mkv .webm .3gp .ts .mts .m2ts .wmv .flv .ogv .vob".split())
 MAX_HOURS = 5            # a header that claims more is not believed
 SILENCE = -80            # dB below full scale: digital silence
+NO_HUM = "highpass=f=150:poles=2,highpass=f=150:poles=2"    # before loudness is measured: no offset, no hum
 MIN_FRAMES = 5           # 0.2 s: a shorter clip has no word in it
 MAX_PIXELS = 36_000_000  # of one picture: 8k
 HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
@@ -64,6 +65,7 @@ class Source:
     has_sound: bool
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
     seconds: float                        # the duration that the file claims
+    pictures: int = 0                     # the picture track that is read
     track: int = 0                        # the sound track that is read
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
@@ -97,36 +99,60 @@ def probe(path):
     if "Input #0" not in text:
         raise clip_error(path, f"not readable as media; ffmpeg says: {first_words(stderr) or 'nothing'}")
     streams = [line for line in re.findall(r"^ *Stream #0:\d.*$", text, re.M) if "(attached pic)" not in line]
-    has_sound = any(": Audio: " in line for line in streams)
-    sizes = [re.search(r" (\d+)x(\d+)[ ,]", line) for line in streams if ": Video: " in line]
-    if not has_sound and not sizes:
+    sounds, videos = ([line for line in streams if f": {kind}: " in line] for kind in ("Audio", "Video"))
+    if not sounds and not videos:
         raise clip_error(path, "neither sound nor pictures in it")
-    if sizes and not sizes[0]:
+    shows, size = default_first(videos)[:1], None
+    if shows and not (size := re.search(r" (\d+)x(\d+)[ ,]", videos[shows[0]])):
         raise clip_error(path, "pictures of unknown size in it; is it damaged?")
-    if has_sound and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
+    if len(videos) > 1:
+        note(f"{shown(path)}: {len(videos)} picture tracks; read is number {shows[0] + 1}")
+    if sounds and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
         raise clip_error(path, "sound of an impossible sampling rate in it; is it damaged?")
-    size = tuple(map(int, sizes[0].groups())) if sizes else None
-    if size and (aspect := re.search(r": Video: .*[ \[]SAR (\d+):(\d+)", text)):
+    size = size and tuple(map(int, size.groups()))
+    if size and (aspect := re.search(r"[ \[]SAR (\d+):(\d+)", videos[shows[0]])):
         size = round(size[0] * int(aspect[1]) / int(aspect[2])), size[1]
-    if size and re.search(r"rotation of -?90", text):
+    if size and re.search(r"^ *displaymatrix: rotation of -?90", text, re.M):
         size = size[::-1]
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
-    hours, minutes, seconds = map(float, duration.groups()) if duration else (0, 0, 0)
-    source = Source(path, float(start[1]) if start else 0., has_sound, size, 3600 * hours + 60 * minutes + seconds)
-    return choose_sound(source, [line for line in streams if ": Audio: " in line])
+    seconds = seconds_of(duration)
+    if not 0 < seconds <= MAX_SECONDS:
+        seconds = packed_seconds(path) or seconds
+    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, *shows)
+    return choose_sound(source, sounds)
+
+
+def default_first(tracks):
+    """ffmpeg's lines about tracks of one kind -> their numbers, those that are marked as default first."""
+    return sorted(range(len(tracks)), key=lambda i: "(default)" not in tracks[i])
+
+
+def seconds_of(found):
+    """A match of hours, minutes and seconds -> seconds; 0 for None."""
+    return sum(part * float(text) for part, text in zip((3600, 60, 1), found.groups())) if found else 0.
+
+
+def packed_seconds(path):
+    """The duration of the sound and pictures of a file, without decoding them; 0 if ffmpeg cannot tell.
+
+    A header may have no duration, or that of its subtitles, or the last time stamp although the first is not 0."""
+    streams = "-map 0:V? -map 0:a? -c copy -f null -".split()
+    command = [ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{path}", *streams]
+    stderr = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
+    return max(map(seconds_of, re.finditer(r" time=(\d+):(\d+):([\d.]+)", stderr)), default=0.)
 
 
 def choose_sound(source, tracks):
     """The source with the sound track and the channels that are read; `tracks` are ffmpeg's lines about its tracks.
 
-    Of several tracks it is the one marked as default, or the first with sound. Its channels are mixed as usual. If that
-    cancels them, or leaves out the only one with sound, the loudest is read. More than eight are averaged."""
-    order = sorted(range(len(tracks)), key=lambda i: "(default)" not in tracks[i])
+    Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual, more are
+    added up: each may be a microphone. If that cancels them, the loudest is read."""
+    order = default_first(tracks)
     for i in order:
         if len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[i]):
             return source
-        channels, mixed = channel_levels(source, i)
+        channels, mix, mixed = channel_levels(source, i)
         if channels and max(channels) > SILENCE:
             break
     else:
@@ -134,10 +160,7 @@ def choose_sound(source, tracks):
     if len(order) > 1:
         note(f"{shown(source.path)}: {len(order)} sound tracks; read is number {i + 1}")
     loudest = int(np.argmax(channels))
-    mix = source.mix
-    if len(channels) > 8:
-        mix = "pan=mono|c0=" + "+".join(f"{1 / len(channels):.6f}*c{c}" for c in range(len(channels)))
-    elif mixed < channels[loudest] - 20:
+    if mixed < channels[loudest] - 20:
         mix = f"pan=mono|c0=c{loudest}"
         note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; "
              f"read is channel {loudest + 1}")
@@ -145,8 +168,10 @@ def choose_sound(source, tracks):
 
 
 def channel_levels(source, track):
-    """The loudness of each channel of a sound track, and of the usual mix of up to eight, in dB below full scale."""
-    stats = "astats=measure_perchannel=RMS_level:measure_overall=none"
+    """The loudness of each channel of a sound track, the filter that mixes them, and the loudness of that mix.
+
+    Loudness is in dB below full scale."""
+    stats = f"{NO_HUM},astats=measure_perchannel=RMS_level:measure_overall=none"
     command = [ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{source.path}", "-map", f"0:a:{track}"]
 
     def levels(filters):
@@ -154,9 +179,11 @@ def channel_levels(source, track):
         found = re.findall(rb"RMS level dB: (-?[\d.]+|-inf|nan)", stderr)
         return [max(-200., float(level)) for level in found]     # -200 also for -inf and nan
 
-    channels = levels(stats)
-    mixed = levels(f"{source.mix},{stats}") if 1 < len(channels) <= 8 else []
-    return channels, mixed[0] if mixed else max(channels, default=-200.)
+    channels, mix = levels(stats), source.mix
+    if len(channels) > 2:
+        mix = "aformat=sample_fmts=flt,pan=mono|c0=" + "+".join(f"c{c}" for c in range(len(channels)))
+    mixed = levels(f"{mix},{stats}") if len(channels) > 1 else []
+    return channels, mix, mixed[0] if mixed else max(channels, default=-200.)
 
 
 def select_streams(source, streams):
@@ -171,10 +198,11 @@ def select_streams(source, streams):
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 def decode(source, n_bytes, stream, filters, *output):
-    """Run ffmpeg on a stream ("a:0" or "V:0") and yield its output: `n_bytes` for each 1/25 s, maybe fewer at the end.
+    """Run ffmpeg on a stream (like "a:0" or "V:0") and yield its output: `n_bytes` for each 1/25 s, maybe fewer at the end.
 
     Raises ClipError if ffmpeg fails, or if the stream lasts longer than a file of this size can."""
-    limits = ["-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.max_seconds / 40))]
+    limits = ["-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.max_seconds / 40)),
+              "-reinit_filter:v", "0"]    # where pictures change their size, their time goes on
     # Clamp absurd time stamps to just beyond the limit. Otherwise ffmpeg fills the gap until memory is full.
     # Where time stamps jump back, as in files joined by `cat`, the second file follows the first.
     limit = source.start + source.max_seconds + 1
@@ -207,8 +235,9 @@ def decode(source, n_bytes, stream, filters, *output):
 
 def wave_frames(source):
     """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
-    resample = f"aresample=osr={SAMPLE_RATE}:async=1:first_pts={round(source.start * SAMPLE_RATE)}"
-    filters = f"{resample},{source.mix}"
+    # Two stages: first_pts counts samples of the input, which then has the rate that is known here.
+    steady = f"aresample={SAMPLE_RATE},aresample=async=1:first_pts={round(source.start * SAMPLE_RATE)}"
+    filters = f"{steady},{source.mix}"
     with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", filters, "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
@@ -221,7 +250,7 @@ def picture_frames(source, filters, shape):
     """Yield a source's pictures after these ffmpeg filters as uint8 arrays: (H, W) is grey, (H, W, 3) is RGB."""
     steady = f"fps={FPS}:start_time={source.start},format={'gray' if len(shape) == 2 else 'rgb24'}"
     filters = f"scale=iw*sar:ih,setsar=1,{filters},{steady}"
-    with closing(decode(source, math.prod(shape), "V:0", filters, "-f", "rawvideo")) as chunks:
+    with closing(decode(source, math.prod(shape), f"V:{source.pictures}", filters, "-f", "rawvideo")) as chunks:
         for chunk in chunks:
             if len(chunk) == math.prod(shape):
                 yield np.frombuffer(chunk, np.uint8).reshape(shape)
@@ -258,7 +287,7 @@ def cut_pieces(wave, frames, spans):
 def loudness(source):
     """The loudness of each frame of a source's sound -> (T,) dB below full scale. Less than -80 is silence."""
     return np.array([10 * math.log10(np.sum(wave.astype(float) ** 2) / SAMPLES_PER_FRAME + 1e-10)
-                     for wave in wave_frames(source)])
+                     for wave in wave_frames(replace(source, mix=f"{source.mix},{NO_HUM}"))])
 
 
 def is_silent(source):

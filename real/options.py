@@ -1,6 +1,7 @@
 """Command line flags made from a dataclass: one place for each default, its help, its choices and its lower bound."""
 import argparse
 import math
+import os
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -108,4 +109,7 @@ def check_sample_options(args, parts):
     clips = expanded(args.clips) or [path for path in samples if path.suffix.lower() in SUFFIXES]
     if not clips:
         raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+    for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):
+        if path and os.path.exists(path) and os.path.exists(clips[0]) and os.path.samefile(path, clips[0]):
+            raise ValueError(f"{flag} {path}: that is the clip itself; name another file")
     return config, clips

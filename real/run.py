@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
-from real.files import CheckpointError, TrainingError, digest, is_first, note, write_json, write_together
+from real.files import HALF, CheckpointError, TrainingError, digest, is_first, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
@@ -186,12 +186,13 @@ def own_folder(folder):
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    owner = lock.read_text() if lock.is_file() else ""
+    owner = lock.read_text(errors="replace") if lock.is_file() else ""
     if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
-        raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out")
+        raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "
+                              f"if it is another program by now, delete {lock}")
     write_together({lock: str(os.getpid()).encode()})
-    for left in Path(folder).glob(".*.*"):     # half-written files of processes that were killed
-        if left.suffix[1:].isdigit() and not is_running(int(left.suffix[1:])):
+    for left in Path(folder).glob(f".*{HALF}"):     # of processes that were killed
+        if not is_running(int(left.stem.rpartition(".")[2])):
             left.unlink()
     try:
         yield
@@ -205,7 +206,7 @@ def is_running(process):
     """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -220,13 +221,13 @@ class Run:
     The state holds the trained tensors, the optimizer's moments and the step. A batch is a function of the step, so the
     run goes on bit for bit. The state is written every --save-every minutes and at Ctrl-C or SIGTERM, and replaced as a
     whole. After the end it stays: the same command then finds nothing left to train. `kept` is a dict for JSON that is
-    stored with it."""
+    stored with it. frozen: a hash of the frozen parts, which another sound under the same names changes too."""
 
-    def __init__(self, config, clips):
+    def __init__(self, config, clips, frozen=None):
         self.out, self.minutes = Path(config.out), config.save_every
         self.path = self.out / "state.safetensors"
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
-        self.settings["clips"] = digest([(clip.name, clip.text) for clip in clips])[:12]
+        self.settings |= {"clips": digest([(clip.name, clip.text) for clip in clips])[:12], "frozen": frozen}
         self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
         self.log_file, self.log_rows, self.n_tokens, self.counts = None, None, 0, {}
         self.began = self.saved = self.looked = time.monotonic()
@@ -253,6 +254,8 @@ class Run:
 
         `steps` is the number of all steps. Raises CheckpointError if the state is damaged or of a run with other settings."""
         self.trained, self.optimizer, self.steps, step = trained, optimizer, steps, 0
+        if self.path.is_dir():
+            raise CheckpointError(f"{self.path}: a folder, not a file; delete it, or name another --out")
         with first_alone():                                      # it also does what --fresh asks
             found = self.path.read_bytes() if self.path.is_file() else None
         if found is not None:
@@ -286,7 +289,8 @@ class Run:
         """Raises CheckpointError if the stored settings are not those of this run."""
         for name in self.settings.keys() | settings.keys():
             if self.settings.get(name) != settings.get(name):
-                flag = "the training clips" if name == "clips" else f"--{name.replace('_', '-')}"
+                others = {"clips": "the training clips", "frozen": "the frozen parts, or what clips hold"}
+                flag = others.get(name, f"--{name.replace('_', '-')}")
                 then, now = settings.get(name), self.settings.get(name)
                 raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {then!r}, is {now!r}; "
                                       "repeat that command, or start anew with --fresh")
@@ -362,7 +366,7 @@ class Run:
             return step
         path, rows = self.out / "log.csv", []
         if step and path.is_file():
-            rows = [row for row in csv.reader(path.read_text().splitlines()[1:]) if row and int(row[0]) < step]
+            rows = [row for row in csv.reader(path.read_text().splitlines()[1:]) if row and row[0].isdigit() and int(row[0]) < step]
         self.log_file = path.open("w", newline="")
         self.log_rows = csv.writer(self.log_file)
         self.log_rows.writerow(COLUMNS)

@@ -15,7 +15,7 @@ from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.features import Features
-from real.files import SPAN, CheckpointError, is_first, note
+from real.files import SPAN, CheckpointError, digest, is_first, note
 from real.folders import folder_clips, read_all
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
@@ -36,6 +36,8 @@ def check_config(config):
     if trains and config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--batch-size {config.batch_size}: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
     parse_rates(config.rates)
+    if config.seed >= 2 ** 63:
+        raise ValueError(f"--seed must be under {2 ** 63}")
     parse_snrs(config.snr)
     percent("--max-bad", config.max_bad)
     config.box and parse_box(config.box)
@@ -143,14 +145,15 @@ def set_up(config, tasks, device, watch):
     model = AVSR(AVSRConfig(llm, **sizes, bos=bos, eos=eos, prompt=tuple(prompt), max_tokens=max(32, 2 * longest),
                             projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
+    whole = {part: known[part]["whole"] if part in parts else sha256(save(module.state_dict())).hexdigest()
+             for part, module in ({"llm": model.llm} | dict(model.encoders.items())).items()}
     features = None
     if parts.keys() - {"llm"}:                 # a stand-in beside a real encoder reads the same copies of a clip
-        whole = {stream: known[stream]["whole"] if stream in parts else sha256(save(encoder.state_dict())).hexdigest()
-                 for stream, encoder in model.encoders.items()}
-        keys = {stream: [content, asdict(sizes[stream]), str(dtype_on(device))] for stream, content in whole.items()}
+        keys = {stream: [whole[stream], asdict(sizes[stream]), str(dtype_on(device))] for stream in model.encoders}
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
-    return model, clips, tokenizer, {"parts": known, "words": words}, features
+    frozen = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12]}
+    return model, clips, tokenizer, frozen, features
 
 
 def load_for_test(config, tasks, device):

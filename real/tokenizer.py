@@ -6,6 +6,7 @@ import regex
 import tiktoken
 
 from real.files import WeightsError, read_json
+from real.weights import refusing
 from toy.tokenizer import make_tokenizer
 
 # Regular expressions that cut text into words before BPE merges the bytes of each word.
@@ -53,6 +54,7 @@ def isolated(pattern, text):
         yield text[end:]
 
 
+@refusing
 def read_tokenizer(folder):
     """The tokenizer of an HF folder -> BPE, or that of a checkpoint with a tiny Llama. Raises WeightsError.
 
@@ -70,12 +72,23 @@ def read_tokenizer(folder):
     if model.get("type") != "BPE" or model.get("byte_fallback") or normalizers or not byte_level:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
+    if steps[-1] is not byte_level[-1]:
+        raise WeightsError(f"{path}: its pre_tokenizer has a step after ByteLevel, which is not supported: {steps[-1]['type']}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise WeightsError(f"{path}: its model has a {name}, {model[name]!r}, which is not supported")
     patterns = [word_pattern(step, path) for step in steps]
     vocab, byte_of = model["vocab"], bytes_of_letters()
     special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocab.items() if token not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged_ids = [vocab["".join(pair)] for pair in merges]
+    whole = {i for token, i in vocab.items() if len(token) > 1 and token not in special} - set(merged_ids)
+    words = [token["content"] for token in file.get("added_tokens", []) if token["content"].replace(" ", "").isalnum()]
+    if words or whole and not model.get("ignore_merges"):
+        raise WeightsError(f"{path}: {len(whole) or len(words)} of its tokens are made by no merge, which is not supported")
+    if len(set(vocab.values())) < len(vocab):
+        raise WeightsError(f"{path}: two of its tokens have one id")
     if merged_ids != sorted(merged_ids):
         raise WeightsError(f"{path}: its merges are not in the order of their ids, which tiktoken needs")
     return BPE(folder.name, list(filter(None, patterns)), ranks, special)

@@ -10,6 +10,7 @@ import pickle
 import re
 from collections import OrderedDict
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -81,6 +82,25 @@ def refuse_pointer(path):
         raise WeightsError(f"{path}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
 
 
+def refusing(load):
+    """A function (..., path) that loads weights or a tokenizer. Whatever goes wrong in it becomes a WeightsError."""
+    @wraps(load)
+    def careful(*args, **options):
+        try:
+            return load(*args, **options)
+        except (WeightsError, OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:                        # what a damaged file can cause has no end
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise WeightsError(f"{next(filter(is_path, args))}: damaged, or of a kind that is not supported; "
+                               f"{reason}") from None
+    return careful
+
+
+def is_path(value):
+    return isinstance(value, (str, Path))
+
+
 def read_config(folder, model_type):
     """The config.json of an HF folder as a dict. Raises WeightsError if it is not of this model type."""
     config = read_json(Path(folder, "config.json"))
@@ -120,6 +140,7 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
 UNUSED_IN_LLAMA = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # some files also store the tied output head
 
 
+@refusing
 def load_llama(cls, folder, dtype=torch.float32, **experts):
     """The Llama in an HF folder -> cls in `dtype`, with new fp32 MoMEs if `experts` (n_routed=, ...) says so.
 
@@ -153,6 +174,7 @@ def llama_config(folder):
     if c.get("hidden_act", "silu") != "silu":
         raise WeightsError(f"{folder}: hidden_act {c['hidden_act']!r} in config.json, expected 'silu'")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    rope = {"original_max_position_embeddings": c.get("max_position_embeddings")} | rope    # as transformers does
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     scaling_keys = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -250,6 +272,7 @@ def padding(cls):
     return PaddedAudioEncoder
 
 
+@refusing
 def load_whisper(cls, folder, dtype=torch.float32, padded=False):
     """The encoder of an HF Whisper -> cls in `dtype`. The folder may hold the encoder alone. Raises WeightsError."""
     tensors = read_safetensors(folder)
@@ -263,6 +286,8 @@ def load_whisper(cls, folder, dtype=torch.float32, padded=False):
 def whisper_config(folder):
     """The config.json of an HF Whisper -> the fields of AudioConfig. max_tokens is 30 s."""
     c = read_config(folder, "whisper")
+    if c.get("activation_function", "gelu") != "gelu":
+        raise WeightsError(f"{folder}: activation_function {c['activation_function']!r} in config.json, expected 'gelu'")
     return dict(n_mels=c["num_mel_bins"], dim=c["d_model"], n_layers=c["encoder_layers"],
                 n_heads=c["encoder_attention_heads"], max_tokens=c["max_source_positions"], pos_kernel=0)
 
@@ -281,6 +306,7 @@ def whisper_name(name):
 UNUSED_IN_AVHUBERT = r"mask_emb|final_proj\.|label_embs_concat|feature_extractor_audio\."
 
 
+@refusing
 def load_avhubert(cls, path, dtype=torch.float32):
     """The encoder of an AV-HuBERT file (Base or Large, also fine-tuned) -> cls in `dtype`. Raises WeightsError."""
     tensors = avhubert_tensors(path)

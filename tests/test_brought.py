@@ -417,3 +417,152 @@ def test_a_model_that_was_written_again_is_read_again(tmp_path, voice):
     assert load_for_use(tmp_path / "out")[0] is not first
     soundfile.write(tmp_path / "a.wav", voice, 16000)
     assert sample.transcribe(tmp_path / "a.wav", tmp_path / "out", rate=2)["audio_rate"] == 2
+
+
+# --- what a second look found ---
+
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
+@pytest.mark.parametrize("kind", ["ts", "mpg", "mkv"])
+def test_sound_and_lips_stay_together_at_any_rate_and_start(tmp_path, talker_clips, rate, kind):
+    """A file may begin at any time, and its sound may have any rate (MPEG has none of 8 kHz)."""
+    clip, path = talker_clips[0], tmp_path / f"a.{kind}"
+    write_mp4(tmp_path / "a.mp4", clip.frames, clip.wave)
+    rate = 44100 if (rate, kind) == (8000, "mpg") else rate
+    codecs = ("-c:v", "mpeg2video", "-q:v", "2", "-c:a", "mp2") if kind == "mpg" else ("-c:v", "libx264", "-c:a", "aac")
+    start = ("-output_ts_offset", "3") if kind == "mkv" else ()
+    ffmpeg("-i", tmp_path / "a.mp4", *codecs, "-ar", rate, *start, path)
+    found = read_clip(path)
+    later = np.correlate(found.wave, clip.wave, "full").argmax() - len(clip.wave) + 1    # the coder of the sound delays both
+    n = len(clip.frames) - 6
+    apart = [np.abs(found.frames[i:i + n].astype(int) - clip.frames[:n]).mean() for i in range(6)]
+    assert abs(later / 16000 - np.argmin(apart) / FPS) < 0.06 and later < 0.2 * 16000
+
+
+def test_a_still_picture_beside_a_voice_is_not_read(tmp_path, talker_clips, capsys):
+    clip = talker_clips[0]
+    found = read_clip(write_mp4(tmp_path / "a.mp4", np.full_like(clip.frames, 90), clip.wave))
+    assert found.streams == ("audio",) and "pictures do not move" in capsys.readouterr().err
+
+
+def test_hum_and_an_offset_hide_no_quiet_voice(tmp_path, talker_clips):
+    a, b = talker_clips[0].wave, talker_clips[1].wave * 10 ** (-12 / 20)
+    wave = np.concatenate([a, np.zeros(64000), b, np.zeros(64000)])
+    clean = [(round(start, 1), round(clip.duration, 1)) for start, clip in pieces(write_wav(tmp_path / "a.wav", wave))]
+    hum = 0.03 + 0.03 * np.sin(2 * np.pi * 50 * np.arange(len(wave)) / 16000)
+    found = [(round(start, 1), round(clip.duration, 1)) for start, clip in pieces(write_wav(tmp_path / "b.wav", wave + hum))]
+    assert len(clean) == len(found) == 2
+    assert np.abs(np.subtract(clean, found)).max() <= 0.4
+
+
+def write_wav(path, wave, rate=16000):
+    soundfile.write(path, wave, rate, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("n_channels", [3, 6, 12])
+def test_each_channel_may_be_a_microphone(tmp_path, talker_clips, n_channels):
+    """Voices that follow one another, each on a channel of its own, are all heard."""
+    voices = [talker_clips[i % 3].wave for i in range(n_channels)]
+    sound = np.zeros((sum(map(len, voices)), n_channels))
+    end = 0
+    for channel, wave in enumerate(voices):
+        sound[end:end + len(wave), channel] = wave
+        end += len(wave)
+    found = np.concatenate([clip.wave for _, clip in read_pieces(media.probe(write_wav(tmp_path / "a.wav", sound)), 30)])
+    assert abs(np.square(found).sum() / np.square(sound).sum() - 1) < 0.1
+
+
+def test_channels_of_opposite_phase_among_many(tmp_path, voice, capsys):
+    sound = np.zeros((len(voice), 12))
+    sound[:, 3], sound[:, 4] = voice, -voice
+    assert alike(heard(write_wav(tmp_path / "a.wav", sound)), voice) and "cancel out" in capsys.readouterr().err
+
+
+def test_the_default_picture_track_is_read(tmp_path, talker_clips, capsys):
+    clip = talker_clips[0]
+    write_mp4(tmp_path / "black.mp4", np.zeros_like(clip.frames), clip.wave)
+    write_mp4(tmp_path / "a.mp4", clip.frames, clip.wave)
+    ffmpeg("-i", tmp_path / "black.mp4", "-i", tmp_path / "a.mp4", "-map", "0:v", "-map", "1:v", "-map", "1:a", "-c", "copy",
+           "-disposition:v:0", "0", "-disposition:v:1", "default", tmp_path / "two.mkv")
+    assert np.abs(read_clip(tmp_path / "two.mkv").frames.astype(int) - clip.frames).mean() < 8
+    assert "2 picture tracks; read is number 2" in capsys.readouterr().err
+
+
+def test_a_file_without_a_duration(tmp_path, talker_clips):
+    """A browser's recording, or one that was never finished. Where its sound is over, the lips are read."""
+    a, b = talker_clips[:2]
+    frames = np.concatenate([a.frames, np.repeat(a.frames[-1:], 100, 0), b.frames])
+    write_mp4(tmp_path / "a.mp4", frames, a.wave)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", "libx264", "-c:a", "aac", "-f", "matroska", "-live", "1", tmp_path / "a.mkv")
+    whole, unfinished = (pieces(tmp_path / name) for name in ("a.mp4", "a.mkv"))
+    assert media.probe(tmp_path / "a.mkv").seconds == pytest.approx(len(frames) / FPS, abs=0.3)
+    assert [clip.streams for _, clip in whole] == [clip.streams for _, clip in unfinished] and len(whole) > 1
+
+
+def test_a_header_that_claims_too_much_is_not_believed(tmp_path, talker_clips):
+    clip = talker_clips[0]
+    write_mp4(tmp_path / "a.mp4", clip.frames, clip.wave)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", "-output_ts_offset", "3600", tmp_path / "a.mkv")
+    assert media.probe(tmp_path / "a.mkv").seconds == pytest.approx(clip.duration, abs=0.3)
+    assert read_clip(tmp_path / "a.mkv").duration == pytest.approx(clip.duration, abs=0.1)
+
+
+def test_lips_are_read_beside_sound_that_cannot_be(tmp_path, talker_clips):
+    clip = talker_clips[0]
+    write_mp4(tmp_path / "a.mp4", clip.frames, clip.wave)
+    write_wav(tmp_path / "nan.wav", np.full(len(clip.wave), np.nan, np.float32))
+    ffmpeg("-i", tmp_path / "a.mp4", "-i", tmp_path / "nan.wav", "-map", "0:v", "-map", "1:a", "-c", "copy", tmp_path / "b.mkv")
+    [(_, found)] = pieces(tmp_path / "b.mkv", streams=("video",))
+    assert len(found.frames) == len(clip.frames)
+    with pytest.raises(ClipError, match="not numbers"):
+        pieces(tmp_path / "b.mkv")
+
+
+def test_a_voice_is_brought_to_the_level_of_the_training_clips(talker_clips):
+    """Too quiet or too loud: the nearer end of their range. Within it: as it is."""
+    limits = clips.limits(talker_clips)
+    low, high = limits["levels"]
+    assert low < high and limits["longest"] == max(clip.duration for clip in talker_clips)
+    for gain, level in ((1e-2, low), (30, high)):
+        clip = data.with_log_power(data.Clip("a", "b", talker_clips[0].wave * np.float32(gain)))
+        assert clips.mel_level(clips.at_level(clip, limits["levels"])) == pytest.approx(level, abs=0.3)
+    middle = min(talker_clips, key=lambda clip: abs(clips.mel_level(clip) - (low + high) / 2))
+    assert np.array_equal(clips.at_level(middle, limits["levels"]).wave, middle.wave)
+    assert clips.at_level(middle, None) is middle
+
+
+@pytest.mark.parametrize("flag", ["--srt", "--show-crop"])
+def test_the_clip_itself_is_never_written_over(tmp_path, trained, talker_clips, capsys, flag):
+    path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
+    before = path.read_bytes()
+    (tmp_path / "link").symlink_to(path)
+    for name in (path, tmp_path / "link"):
+        assert sample.main([str(path), "--ckpt", str(trained), flag, str(name)]) == 2
+        assert "that is the clip itself" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_a_link_is_followed_and_a_device_stays(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    os.mkfifo(tmp_path / "fifo")
+    files.write_whole(tmp_path / "link", lambda path: path.write_text("new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    with subprocess.Popen(["cat", tmp_path / "fifo"], stdout=subprocess.PIPE) as reader:
+        files.write_whole(tmp_path / "fifo", lambda path: path.write_text("new"))
+        assert reader.communicate(timeout=20)[0] == b"new" and (tmp_path / "fifo").is_fifo()
+
+
+def test_files_of_other_programs_in_out_stay(tmp_path):
+    (tmp_path / ".notes.2024").write_text("mine")
+    (tmp_path / ".backup.2023").mkdir()
+    (tmp_path / f".state.safetensors.999999999{files.HALF}").write_text("half")
+    with own_folder(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".backup.2023", ".notes.2024"]
+
+
+@pytest.mark.parametrize("owner", [b"\xff\xfe", b"9" * 30, b""])
+def test_a_lock_that_is_none_is_taken_over(tmp_path, owner):
+    (tmp_path / ".lock").write_bytes(owner)
+    with own_folder(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())

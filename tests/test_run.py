@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, TRAINED
 from safetensors.torch import load_file, save_file
@@ -176,6 +177,54 @@ def test_a_damaged_state_is_refused(tmp_path, kind):
     spoil(tmp_path / "state.safetensors", kind)
     with pytest.raises(CheckpointError, match="state.safetensors: damaged, start anew with --fresh"):
         begin()
+
+
+def test_a_state_with_other_frozen_parts_is_refused(tmp_path):
+    def begin(frozen):
+        trained = [torch.nn.Parameter(torch.ones(3))]
+        run = Run(train.TrainConfig(out=str(tmp_path)), [], frozen)
+        return run, run.begin(trained, torch.optim.AdamW(trained), 10)
+
+    run, _ = begin("a")
+    run.save(4)
+    assert begin("a")[1] == 4
+    with pytest.raises(CheckpointError, match="the frozen parts, or what clips hold was 'a', is 'b'"):
+        begin("b")
+    run.save(10, finished=True)
+    assert begin("b")[1] == 0        # what has ended is followed by another training
+
+
+def test_other_sound_under_the_same_name_is_another_training(tmp_path, talker_clips, capsys):
+    for i, clip in enumerate(talker_clips):
+        path = tmp_path / "clips" / ("test" if i == 4 else "train") / f"{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, clip.wave, 16000)
+        path.with_suffix(".txt").write_text(clip.text)
+    short = "--tasks asr --rates 4 --snr clean --audio-steps 1 --ctc-steps 1 --llm-steps 1 --steps 2".split()
+    argv = ["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), *short]
+    for content, has_ended in ((None, False), (None, True), (talker_clips[4].wave, False)):
+        if content is not None:
+            soundfile.write(tmp_path / "clips/train/1.wav", content, 16000)
+        assert train.main(argv) == 0
+        assert ("this training has ended" in capsys.readouterr().err) is has_ended
+
+
+def test_an_edited_log_and_a_folder_in_place_of_the_state(stopped, tmp_path, capsys):
+    (stopped / "log.csv").write_text("step;task\n0;asr\nof mine,1\n")
+    assert train.main(command(stopped)) == 0
+    (tmp_path / "out/state.safetensors").mkdir(parents=True)
+    assert train.main(command(tmp_path / "out")) == 2
+    assert "state.safetensors: a folder, not a file" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_one_line(whole, tmp_path, capsys):
+    cache = next(path for path in whole.parent.rglob("llama-*.safetensors"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / cache.name).write_bytes(cache.read_bytes()[:1000])
+    argv = command(tmp_path / "out")
+    argv[argv.index("--cache") + 1] = str(tmp_path / "cache")
+    assert train.main(argv) == 2
+    assert f"{cache.name}: damaged, delete it and start again" in capsys.readouterr().err
 
 
 def test_a_damaged_state_is_one_line(whole, stopped, capsys):

@@ -218,6 +218,23 @@ def test_whisper_encoder_equals_transformers(tmp_path, n_mels, part):
     assert ours(mel[:, :, :301]).shape == (2, 151, 64)  # short input: the first positions
 
 
+def test_folders_that_no_one_can_read_are_one_line(tmp_path):
+    """Whatever is missing or of another kind in config.json is a WeightsError, not a traceback."""
+    config = transformers.WhisperConfig(d_model=64, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=256,
+                                        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=99,
+                                        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text())
+    for wrong, reason in (({"activation_function": "relu"}, "activation_function 'relu'"), ({"d_model": "x"}, "damaged"),
+                          ({"encoder_layers": None}, "damaged"), ({"quantization_config": "int8"}, "damaged")):
+        (tmp_path / "config.json").write_text(json.dumps(good | wrong))
+        with pytest.raises(WeightsError, match=reason):
+            AudioEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError):
+        AudioEncoder.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("n_mels", [80, 128])
 def test_log_mel_equals_transformers(n_mels):
     wave = torch.randn(16000 * 3).cumsum(0)
@@ -454,3 +471,24 @@ def test_quantised_weights_and_pointers_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(WeightsError, match="git lfs pull"):
         Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda file: file["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    (lambda file: file["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
+    (lambda file: file["model"]["merges"].pop(5), "made by no merge"),
+    (lambda file: file["added_tokens"].append({"content": "hello", "id": 9999, "special": False}), "made by no merge"),
+    (lambda file: file.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        file["pre_tokenizer"], {"type": "Digits", "individual_digits": True}]}), "after ByteLevel"),
+    (lambda file: file["model"]["vocab"].update({"a": file["model"]["vocab"]["b"]}), "one id"),
+    (lambda file: file["model"].pop("merges"), "KeyError"),
+    (lambda file: file["model"].update(vocab=[1]), "damaged, or of a kind"),
+    (lambda file: file["pre_tokenizer"].pop("type"), "KeyError")])
+def test_tokenizers_that_would_give_other_ids_are_refused(tmp_path, change, reason):
+    train_bpe(tmp_path, PRE_TOKENIZERS["GPT-2"])
+    data.load_tokenizer(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(file)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(WeightsError, match=reason):
+        data.load_tokenizer(tmp_path)
