@@ -25,7 +25,7 @@ CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babbl
               "sound and lips, babble at -5 dB": ("avsr", "-5"), "sound, clean": ("asr", "clean"),
               "sound, babble at 0 dB": ("asr", "0"), "sound, babble at -5 dB": ("asr", "-5"), "lips": ("vsr", "clean")}
 SHOWN = {name: CONDITIONS[name] for name in (
-    "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "lips")}
+    "sound and lips, clean", "sound and lips, babble at -5 dB", "sound, clean", "sound, babble at 0 dB", "lips")}
 SUMMED = ("avsr", "clean"), ("avsr", "-5"), ("vsr", "clean")     # the conditions of the sentence below README's table
 METHODS = {"MoME": ("mome", ""), "LoRA (MTSK SS)": ("lora", ""),
            "LoRA, as many parameters in all": ("lora", "parameters of all experts"), "MTSK MS": ("lora-ms", ""),
