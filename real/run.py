@@ -192,7 +192,8 @@ def own_folder(folder):
                               f"if it is another program by now, delete {lock}")
     write_together({lock: str(os.getpid()).encode()})
     for left in Path(folder).glob(f".*{HALF}"):     # of processes that were killed
-        if not is_running(int(left.stem.rpartition(".")[2])):
+        owner = left.stem.rpartition(".")[2]
+        if owner.isdigit() and not is_running(int(owner)):
             left.unlink()
     try:
         yield

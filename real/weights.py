@@ -92,13 +92,9 @@ def refusing(load):
             raise
         except Exception as error:                        # what a damaged file can cause has no end
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise WeightsError(f"{next(filter(is_path, args))}: damaged, or of a kind that is not supported; "
-                               f"{reason}") from None
+            paths = (value for value in (*args, *options.values()) if isinstance(value, (str, Path)))
+            raise WeightsError(f"{next(paths, 'weights')}: damaged, or of a kind that is not supported; {reason}") from None
     return careful
-
-
-def is_path(value):
-    return isinstance(value, (str, Path))
 
 
 def read_config(folder, model_type):

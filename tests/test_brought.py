@@ -555,10 +555,11 @@ def test_a_link_is_followed_and_a_device_stays(tmp_path):
 def test_files_of_other_programs_in_out_stay(tmp_path):
     (tmp_path / ".notes.2024").write_text("mine")
     (tmp_path / ".backup.2023").mkdir()
+    (tmp_path / f".mine{files.HALF}").write_text("mine")
     (tmp_path / f".state.safetensors.999999999{files.HALF}").write_text("half")
     with own_folder(tmp_path):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".backup.2023", ".notes.2024"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".backup.2023", ".mine.half", ".notes.2024"]
 
 
 @pytest.mark.parametrize("owner", [b"\xff\xfe", b"9" * 30, b""])
