@@ -309,12 +309,16 @@ def active_frames(level, silence, rise):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
     A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of what is not silence.
-    So a quiet voice beside a loud one counts. Where no frame rises, all that is not silence is active."""
+    So a quiet voice beside a loud one counts. What varies by less than `rise` within a second is a noise that began
+    later. If nothing else is left, all that is not silence is active."""
     heard = level[level > silence]
     if not len(heard):
         return np.zeros(len(level), bool)
     threshold = np.percentile(heard, 10) + rise
-    return level > (threshold if heard.max() > threshold else silence)
+    seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
+    steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
+    active = (level > threshold) & ~steady
+    return active if active.any() else level > silence
 
 
 def speech_spans(active, level, longest):

@@ -454,6 +454,18 @@ def test_hum_and_an_offset_hide_no_quiet_voice(tmp_path, talker_clips):
     assert np.abs(np.subtract(clean, found)).max() <= 0.4
 
 
+def test_a_noise_that_begins_later_is_no_speech(tmp_path, talker_clips):
+    rng, starts = np.random.default_rng(0), (5, 30, 48)
+    wave = rng.standard_normal(60 * 16000) * 10 ** (-75 / 20)
+    wave[20 * 16000:] *= 10
+    for start, clip in zip(starts, talker_clips):
+        wave[start * 16000:start * 16000 + len(clip.wave)] += clip.wave
+    found = [(start, start + clip.duration) for start, clip in pieces(write_wav(tmp_path / "a.wav", wave))]
+    assert len(found) == 3
+    for (start, end), begin, clip in zip(found, starts, talker_clips):
+        assert begin - 0.3 < start < begin + 0.7 and end < begin + clip.duration + 0.3
+
+
 def write_wav(path, wave, rate=16000):
     soundfile.write(path, wave, rate, subtype="FLOAT")
     return path
