@@ -174,8 +174,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     if task not in config["tasks"]:
         note(f"{shown(path)}: is read by task {task}, for which this model was not trained")
     sizes = reading(model.config.audio, model.config.video)
-    levels = config.get("levels")                                      # of their sound
-    pieces = read_pieces(source, longest, streams=TASKS[task], box=box, levels=levels, **sizes)
+    sizes |= {"levels": config.get("levels"), "voice_alone": "asr" in config["tasks"]}
+    pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
     bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
     with tqdm(total=round(source.seconds), **bar) as progress:
         for group in alike(pieces, PIECES, lambda piece: piece[1].streams):

@@ -25,13 +25,14 @@ AWAY = "face is away for over a second"
 
 
 def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None,
-                span=None, levels=None):
+                span=None, levels=None, voice_alone=True):
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
     With `longest` None the file, or `span` (start and end in seconds) of it, is read as one clip. Damage that ffmpeg
     reports is then an error, otherwise a note.
-    `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`."""
+    `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`.
+    voice_alone: sound may be read without pictures, so pictures that do not move are left out beside it."""
     def lips():
         return closing(mouths(selected, size, box, cache))
 
@@ -64,7 +65,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 continue
             if wave is not None and np.abs(wave).max() < 1e-4:
                 wave, unused = None, unused | {"sound is silent"}
-            if frames is not None and media.is_still(frames):
+            if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
@@ -82,8 +83,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    if source.complaints and not longest and end < (1 - MISSING) * source.seconds * FPS:
-        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.seconds:.1f} s can be read; "
+    if source.complaints and not longest and end < (1 - MISSING) * source.claimed * FPS:
+        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; "
                                       f"ffmpeg says: {source.complaints[0]}")
     if source.complaints:
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
@@ -119,8 +120,10 @@ def speech_over_time(source, selected, lips, max_frames):
 
 
 def limits(clips):
-    """What sample.py keeps to, for config.json: `longest`, the duration of the longest of the training clips, and
-    `levels`, what a 20th of them is quieter and a 20th louder than, in dB; None without sound."""
+    """What sample.py keeps to -> a dict for config.json.
+
+    longest: the duration of the longest training clip. levels: the 5th and the 95th percentile of the clips' mean power
+    in dB, or None without sound."""
     levels = [mel_level(clip) for clip in clips if clip.log_power is not None]
     return {"longest": max(clip.duration for clip in clips),
             "levels": np.percentile(levels, (5, 95)).tolist() if levels else None}
@@ -132,7 +135,7 @@ def mel_level(clip):
 
 
 def at_level(clip, levels):
-    """A clip whose sound is quieter or louder than `levels` (two, in dB) with sound at the nearer of the two."""
+    """Bring the sound of a clip into the range `levels`, (lowest, highest) in dB. Other clips stay as they are."""
     if clip.wave is None or not levels:
         return clip
     gain = np.clip(mel_level(clip), *levels) - mel_level(clip)

@@ -68,17 +68,18 @@ def write_whole(path, write):
     """Call write(temporary path) and then rename that file to `path`, so that `path` never holds half a file.
 
     A link is followed, and a device is written to. Raises OSError, which names `path`."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        return write(path)
-    temporary = temporary_of(path)
+    is_device = os.path.exists(path) and not os.path.isfile(path)
+    path = Path(path if is_device else os.path.realpath(path))
+    temporary = path if is_device else temporary_of(path)
     try:
         write(temporary)
-        os.replace(temporary, path)
+        if not is_device:
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # it names the temporary file, which the user does not know
         raise plain(error, path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if not is_device:
+            temporary.unlink(missing_ok=True)
 
 
 def write_together(contents):

@@ -64,7 +64,8 @@ class Source:
     start: float                          # the first time stamp, seconds
     has_sound: bool
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
-    seconds: float                        # the duration that the file claims
+    seconds: float                        # the duration of its packets, or what its header claims up to MAX_SECONDS
+    claimed: float = 0.                   # the duration that its header claims
     pictures: int = 0                     # the picture track that is read
     track: int = 0                        # the sound track that is read
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
@@ -112,14 +113,14 @@ def probe(path):
     size = size and tuple(map(int, size.groups()))
     if size and (aspect := re.search(r"[ \[]SAR (\d+):(\d+)", videos[shows[0]])):
         size = round(size[0] * int(aspect[1]) / int(aspect[2])), size[1]
-    if size and re.search(r"^ *displaymatrix: rotation of -?90", text, re.M):
+    if size and re.search(r"^ *display ?matrix: rotation of -?90", text, re.M | re.I):
         size = size[::-1]
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
-    seconds = seconds_of(duration)
-    if not 0 < seconds <= MAX_SECONDS:
-        seconds = packed_seconds(path) or seconds
-    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, *shows)
+    seconds = claimed = seconds_of(duration)
+    if not 0 < claimed <= MAX_SECONDS:
+        seconds = packed_seconds(path) or claimed
+    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
     return choose_sound(source, sounds)
 
 
@@ -146,8 +147,8 @@ def packed_seconds(path):
 def choose_sound(source, tracks):
     """The source with the sound track and the channels that are read; `tracks` are ffmpeg's lines about its tracks.
 
-    Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual, more are
-    added up: each may be a microphone. If that cancels them, the loudest is read."""
+    Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual. More are
+    added up, as loud as the loudest of them: each may be a microphone. If that cancels them, the loudest is read."""
     order = default_first(tracks)
     for i in order:
         if len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[i]):
@@ -183,7 +184,10 @@ def channel_levels(source, track):
     if len(channels) > 2:
         mix = "aformat=sample_fmts=flt,pan=mono|c0=" + "+".join(f"c{c}" for c in range(len(channels)))
     mixed = levels(f"{mix},{stats}") if len(channels) > 1 else []
-    return channels, mix, mixed[0] if mixed else max(channels, default=-200.)
+    mixed = mixed[0] if mixed else max(channels, default=-200.)
+    if len(channels) > 2:
+        mix += f",volume={max(channels) - mixed:.1f}dB"
+    return channels, mix, mixed
 
 
 def select_streams(source, streams):

@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from encoders import FPS
-from real.files import digest, note, shown, write_whole
+from real.files import CheckpointError, digest, note, shown, write_whole
 from real.media import clip_error, picture_frames
 
-VERSION = 2       # raise it when the same file gives other crops than before: stored crops are then not used
+VERSION = 3       # raise it when the same file gives other crops than before: stored crops are then not used
 MOUTH_SIZE = 112  # pixels: a square picture of at most this size shows nothing but a mouth
 MIN_SIZE = 16     # pixels: a smaller picture cannot show a mouth
 VIEW = 768        # pixels: faces are looked for in squares of this size, with the source's picture in the middle
@@ -215,7 +216,7 @@ def crop_mouths(source, size, points):
 def cached_crops(source, size, folder):
     """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
     stat = os.stat(source.path)
-    key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size]
+    key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size, source.pictures]
     path = Path(folder) / f"{digest(key)}.safetensors"
     if not path.is_file():
         crops = list(crop_mouths(source, size, find_landmarks(source)))
@@ -223,5 +224,8 @@ def cached_crops(source, size, folder):
         frames = np.stack([crop if crop is not None else np.zeros((size, size), np.uint8) for crop in crops])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: save_file({"frames": frames, "found": found}, temporary))
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged, delete it and start again ({error})") from None
     return [frame if found else None for frame, found in zip(stored["frames"], stored["found"])]

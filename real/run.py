@@ -148,6 +148,7 @@ def prepare_layers(layers, config):
     """--checkpointing: a layer computes its activations again in the backward pass. --compile: by torch.compile."""
     for layer in layers:
         if config.compile:
+            torch._dynamo.config.recompile_limit = 64       # a layer is compiled for each number of clips in a part
             layer.compile(dynamic=True)
         if config.checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -187,13 +188,13 @@ def own_folder(folder):
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""
-    if owner.isdigit() and int(owner) != os.getpid() and is_running(int(owner)):
+    if owner.isdecimal() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "
                               f"if it is another program by now, delete {lock}")
     write_together({lock: str(os.getpid()).encode()})
     for left in Path(folder).glob(f".*{HALF}"):     # of processes that were killed
         owner = left.stem.rpartition(".")[2]
-        if owner.isdigit() and not is_running(int(owner)):
+        if owner.isdecimal() and not is_running(int(owner)):
             left.unlink()
     try:
         yield
@@ -288,7 +289,8 @@ class Run:
 
     def refuse_other(self, settings):
         """Raises CheckpointError if the stored settings are not those of this run."""
-        for name in self.settings.keys() | settings.keys():
+        names = self.settings.keys() | settings.keys()
+        for name in sorted(names, key=lambda name: (name in ("clips", "frozen"), name)):    # they follow from others
             if self.settings.get(name) != settings.get(name):
                 others = {"clips": "the training clips", "frozen": "the frozen parts, or what clips hold"}
                 flag = others.get(name, f"--{name.replace('_', '-')}")
@@ -367,7 +369,8 @@ class Run:
             return step
         path, rows = self.out / "log.csv", []
         if step and path.is_file():
-            rows = [row for row in csv.reader(path.read_text().splitlines()[1:]) if row and row[0].isdigit() and int(row[0]) < step]
+            rows = csv.reader(path.read_text(errors="replace").splitlines()[1:])
+            rows = [row for row in rows if row and row[0].isdecimal() and int(row[0]) < step]
         self.log_file = path.open("w", newline="")
         self.log_rows = csv.writer(self.log_file)
         self.log_rows.writerow(COLUMNS)

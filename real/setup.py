@@ -145,7 +145,8 @@ def set_up(config, tasks, device, watch):
     model = AVSR(AVSRConfig(llm, **sizes, bos=bos, eos=eos, prompt=tuple(prompt), max_tokens=max(32, 2 * longest),
                             projector_dim=config.projector_dim or max(256, llm.dim)), **parts).to(device)
     pretrain(model, parts, clips["train"], texts, tested, tokenizer, config, cache_folder(config), watch)
-    whole = {part: known[part]["whole"] if part in parts else sha256(save(module.state_dict())).hexdigest()
+    whole = {part: known[part]["whole"] if part in parts else sha256(save(
+                 {name: x for name, x in module.state_dict().items() if ".mome." not in name})).hexdigest()
              for part, module in ({"llm": model.llm} | dict(model.encoders.items())).items()}
     features = None
     if parts.keys() - {"llm"}:                 # a stand-in beside a real encoder reads the same copies of a clip

@@ -84,9 +84,10 @@ def read_tokenizer(folder):
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged_ids = [vocab["".join(pair)] for pair in merges]
     whole = {i for token, i in vocab.items() if len(token) > 1 and token not in special} - set(merged_ids)
-    words = [token["content"] for token in file.get("added_tokens", []) if token["content"].replace(" ", "").isalnum()]
+    words = [token for token in special if token.replace(" ", "").isalnum() and len(token) > 1]
     if words or whole and not model.get("ignore_merges"):
-        raise WeightsError(f"{path}: {len(whole) or len(words)} of its tokens are made by no merge, which is not supported")
+        example = words[0] if words else next(token for token, i in vocab.items() if i in whole)
+        raise WeightsError(f"{path}: its token {example!r} is made by no merge, which is not supported")
     if len(set(vocab.values())) < len(vocab):
         raise WeightsError(f"{path}: two of its tokens have one id")
     if merged_ids != sorted(merged_ids):

@@ -88,12 +88,12 @@ def refusing(load):
     def careful(*args, **options):
         try:
             return load(*args, **options)
-        except (WeightsError, OSError, torch.OutOfMemoryError):
+        except (WeightsError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:                        # what a damaged file can cause has no end
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             paths = (value for value in (*args, *options.values()) if isinstance(value, (str, Path)))
-            raise WeightsError(f"{next(paths, 'weights')}: damaged, or of a kind that is not supported; {reason}") from None
+            raise WeightsError(f"{next(paths, 'weights')}: damaged, or of a kind that is not supported; {reason}") from error
     return careful
 
 

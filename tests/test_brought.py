@@ -480,8 +480,30 @@ def test_each_channel_may_be_a_microphone(tmp_path, talker_clips, n_channels):
     for channel, wave in enumerate(voices):
         sound[end:end + len(wave), channel] = wave
         end += len(wave)
-    found = np.concatenate([clip.wave for _, clip in read_pieces(media.probe(write_wav(tmp_path / "a.wav", sound)), 30)])
-    assert abs(np.square(found).sum() / np.square(sound).sum() - 1) < 0.1
+    found = np.concatenate(list(media.wave_frames(media.probe(write_wav(tmp_path / "a.wav", sound)))))
+    assert alike(found, sound.sum(1)) and np.abs(found).max() < 1
+    assert alike(found[-len(voices[-1]):], voices[-1])
+
+
+def test_one_voice_in_many_microphones_is_no_louder(tmp_path, voice):
+    found = heard(write_wav(tmp_path / "a.wav", np.stack([voice] * 8, 1)))
+    assert alike(found, voice) and np.abs(found).max() < 1.2 * np.abs(voice).max()
+
+
+def test_a_long_file_that_was_cut_is_refused(tmp_path, talker_clips):
+    wave = np.concatenate([clip.wave for clip in talker_clips * 4])[:40 * 16000]
+    soundfile.write(tmp_path / "a.flac", wave, 16000)
+    whole = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(whole[:len(whole) * 6 // 10])
+    with pytest.raises(ClipError, match="longer than 30 s|damaged"):
+        read_clip(tmp_path / "cut.flac")
+
+
+def test_a_model_that_never_read_sound_alone_keeps_a_still_picture(tmp_path, talker_clips):
+    clip = talker_clips[0]
+    path = write_mp4(tmp_path / "a.mp4", np.full_like(clip.frames, 90), clip.wave)
+    [(_, found)] = pieces(path, voice_alone=False)
+    assert found.streams == ("audio", "video")
 
 
 def test_channels_of_opposite_phase_among_many(tmp_path, voice, capsys):
@@ -561,6 +583,8 @@ def test_a_link_is_followed_and_a_device_stays(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     with subprocess.Popen(["cat", tmp_path / "fifo"], stdout=subprocess.PIPE) as reader:
         files.write_whole(tmp_path / "fifo", lambda path: path.write_text("new"))
+        with pytest.raises(OSError, match="full"):
+            files.write_whole("/dev/full", lambda path: path.write_text("new"))
         assert reader.communicate(timeout=20)[0] == b"new" and (tmp_path / "fifo").is_fifo()
 
 

@@ -1,4 +1,7 @@
 """python -m pytest tests/test_ideas.py: the ideas beyond the paper compute what they say."""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -33,6 +36,18 @@ def test_the_teacher_is_the_finest_rate(tiny):
     ideas.add_teacher(tiny, RATES)
     assert tiny.loss(encoded, transcripts, RATES[2])[0].item() == pytest.approx(fine)
     assert tiny.loss(encoded, transcripts, RATES[3])[0].item() == pytest.approx(coarse / 2 + taught / 2, rel=1e-5)
+
+
+def test_threads_that_decode_at_once_keep_their_logits_apart(tiny):
+    ideas.add_teacher(tiny, RATES)
+    before, sizes = sys.getswitchinterval(), [1 + i % 5 for i in range(3000)]
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as workers:
+            found = list(workers.map(lambda n: len(tiny.llm.logits(torch.zeros(n, 32))), sizes))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == sizes
 
 
 def test_the_finest_rate_must_come_first(tiny):

@@ -131,6 +131,10 @@ def test_rotation(files, tmp_path, talker_clips):
     ffmpeg("-display_rotation", 90, "-i", tmp_path / "turned.mp4", "-c", "copy", tmp_path / "marked.mp4")
     turned, marked = (read_clip(tmp_path / name).frames.astype(int) for name in ("turned.mp4", "marked.mp4"))
     assert np.abs(marked - talker_clips[0].frames).mean() < 3 < np.abs(turned - talker_clips[0].frames).mean()
+    ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x48:d=1", tmp_path / "rotation of 90.mp4")
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "rotation of 90.mp4", "-c", "copy", tmp_path / "high.mp4")
+    assert media.probe(tmp_path / "rotation of 90.mp4").picture_size == (64, 48)
+    assert media.probe(tmp_path / "high.mp4").picture_size == (48, 64)
 
 
 @pytest.mark.parametrize("kind", ("mp4", "mkv", "ts", "mpg"))
