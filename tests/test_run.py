@@ -200,7 +200,7 @@ def test_other_sound_under_the_same_name_is_another_training(tmp_path, talker_cl
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, clip.wave, 16000)
         path.with_suffix(".txt").write_text(clip.text)
-    short = "--tasks asr --rates 4 --snr clean --audio-steps 1 --ctc-steps 1 --llm-steps 1 --steps 2".split()
+    short = "--tasks asr --rates 4 --snr clean --clips 12 --audio-steps 1 --ctc-steps 1 --llm-steps 1 --steps 2".split()
     argv = ["--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), *short]
     for content, has_ended in ((None, False), (None, True), (talker_clips[4].wave, False)):
         if content is not None:
@@ -209,12 +209,23 @@ def test_other_sound_under_the_same_name_is_another_training(tmp_path, talker_cl
         assert ("this training has ended" in capsys.readouterr().err) is has_ended
 
 
-def test_an_edited_log_and_a_folder_in_place_of_the_state(stopped, tmp_path, capsys):
-    (stopped / "log.csv").write_text("step;task\n0;asr\nof mine,1\n")
-    assert train.main(command(stopped)) == 0
-    (tmp_path / "out/state.safetensors").mkdir(parents=True)
-    assert train.main(command(tmp_path / "out")) == 2
-    assert "state.safetensors: a folder, not a file" in capsys.readouterr().err
+def test_an_edited_log_and_a_folder_in_place_of_the_state(tmp_path):
+    def begin():
+        trained = [torch.nn.Parameter(torch.ones(3))]
+        run = Run(train.TrainConfig(out=str(tmp_path)), [])
+        return run, run.begin(trained, torch.optim.AdamW(trained), 10)
+
+    run, _ = begin()
+    run.save(4)
+    for content in (b"step;task\n0;asr\nof mine,1\n\xb2,2\n", b"step,task\n3,asr\n7,asr\n"):
+        (tmp_path / "log.csv").write_bytes(content)
+        assert begin()[1] == 4
+    rows = (tmp_path / "log.csv").read_text().split()
+    assert rows[0].startswith("step,task,loss") and rows[1:] == ["3,asr"]    # what the state is later than stays
+    (tmp_path / "state.safetensors").unlink()
+    (tmp_path / "state.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="state.safetensors: a folder, not a file"):
+        begin()
 
 
 def test_a_damaged_cache_is_one_line(whole, tmp_path, capsys):
