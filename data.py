@@ -24,7 +24,7 @@ from encoders import FPS, HOP_LENGTH, SAMPLE_RATE, compress, mel_power
 
 TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # the streams that each task uses
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
-MAX_RATE = 10_000                                        # tokens that become one
+MAX_RATE = 10_000                                        # the most tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 JOINED = r"(?!\p{M})L+(?:['\u200c\u200d]L+)*"           # two joiners stand inside words of Persian and Hindi
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
