@@ -92,7 +92,7 @@ class MoME(nn.Module):
         self.routed = None                  # the last call's routing, for balance_loss
 
     def forward(self, h):
-        """h (..., D) -> (..., D). In training h is (N, D), without padding (Llama.hidden_states)."""
+        """h (..., D) -> (..., D). In training h has no padding (Llama.hidden_states)."""
         x = h.reshape(-1, h.shape[-1])                                    # (N, D)
         gates, experts = self.route(x)                                    # (N, A), (N, A)
         path = self.best_path(x) if self.path == "auto" else self.path
@@ -192,17 +192,18 @@ class MoME(nn.Module):
 
 # --- a Llama ----------------------------------------------------------------------------------------------
 def rope_tables(positions, inv_freq):
-    """cos and sin of the rotary angles: positions (..., T), inv_freq (D/H/2,) -> both (..., T, D/H)."""
+    """cos and sin for `rotate`: positions (..., T), inv_freq (D/H/2,) -> both (..., T, D/H)."""
     angles = positions[..., None].float() * inv_freq
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    sin = torch.cat([-sin, sin], -1)
+    return torch.cat([cos, cos], -1), sin
 
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + half]) of x (B, H, T, D/H) by the angle of its position."""
-    first, second = x.chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return x * cos + turned * sin
+    half = x.shape[-1] // 2
+    partners = x.roll(half, -1)
+    return x * cos + partners * sin
 
 
 class Attention(nn.Module):
@@ -219,27 +220,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.dim, bias=bias)
 
     def forward(self, x, rope, lengths=None, write=None, mask=None):
-        """x (B, T, D), or (N, D) with lengths (Llama.hidden_states) -> the same shape, causal. In decoding
-        `write(k, v)` stores new keys and values and returns all S of them, and mask (B, 1, 1, S) is true
-        where the new token may look (sample.KVCache)."""
+        """x (B, T, D) -> (B, T, D), causal. With lengths, x is (1, N, D): clips one after another, of which
+        each attends to itself alone. In decoding `write(k, v)` stores new keys and values and returns all S
+        of them, and mask (B, 1, 1, S) is true where the new token may look (sample.KVCache)."""
         def heads(y):
-            if lengths is not None:
-                T = len(rope[0])
-                rows = [F.pad(row, (0, 0, 0, T - len(row)))
-                        for row in y.split(lengths)]
-                y = torch.stack(rows)                                     # (B, T, D)
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
+        causal = write is None or x.shape[1] > 1
+        def attend(q, k, v):
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, enable_gqa=True)
         q = rotate(heads(self.q_proj(x)), *rope)
         k = rotate(heads(self.k_proj(x)), *rope)
         v = heads(self.v_proj(x))
         if write is not None:
             k, v = write(k, v)
-        causal = q.shape[2] > 1
-        h = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-        h = h.transpose(1, 2).flatten(2)                                  # (B, T, D)
-        if lengths is not None:
-            h = torch.cat([row[:n] for row, n in zip(h, lengths)])        # (N, D)
-        return self.o_proj(h)
+        if lengths is None:
+            h = attend(q, k, v)
+        else:
+            clips = zip(*[y.split(lengths, 2) for y in (q, k, v)])
+            attended = [attend(*clip) for clip in clips]
+            h = torch.cat(attended, 2)                                    # (1, H, N, D/H)
+        return self.o_proj(h.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -324,12 +325,11 @@ class Llama(nn.Module):
 
     def hidden_states(self, x, lengths=None, positions=None, cache=None):
         """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`. With a list of
-        B lengths x (N, D) -> (N, D): tokens of B clips, one clip after another. Attention alone pads them, on
-        the right, where a causal model never looks. positions: 0 to T - 1 by default; every entry takes one.
-        cache: a sample.KVCache, in decoding."""
+        lengths x is (1, N, D): clips one after another, without padding. positions: from 0 on by default;
+        every entry takes one. cache: a sample.KVCache, in decoding."""
         if positions is None:
-            T = x.shape[-2] if lengths is None else max(lengths)
-            positions = torch.arange(T, device=x.device)
+            rows = [torch.arange(n) for n in lengths or [x.shape[1]]]
+            positions = torch.cat(rows).to(x.device)
         cos, sin = rope_tables(positions, self.inv_freq)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = None if cache is None else cache.mask()
@@ -345,9 +345,9 @@ class Llama(nn.Module):
         inputs = [self.embed_tokens(y[:-1]) for y in labels]
         rows = [torch.cat(row) for row in zip(prefixes, inputs)]
         lengths = [len(row) for row in rows]
-        hidden = self.hidden_states(torch.cat(rows), lengths)             # (N, D)
+        hidden = self.hidden_states(torch.cat(rows)[None], lengths)       # (1, N, D)
         at_labels = []
-        for h, y in zip(hidden.split(lengths), labels):
+        for h, y in zip(hidden[0].split(lengths), labels):
             at_labels.append(h[-len(y):])
         logits = self.logits(torch.cat(at_labels)).float()                # (all labels, V)
         return F.cross_entropy(logits, torch.cat(labels))

@@ -40,7 +40,7 @@ def prefix_choices(model, encoded, rates):
     prefixes = model.prefix(encoded, rates)
     lengths = [len(prefix) for prefix in prefixes]
     with observed(model.llm) as choices:
-        model.llm.hidden_states(torch.cat(prefixes), lengths)
+        model.llm.hidden_states(torch.cat(prefixes)[None], lengths)
     if not choices:
         raise ValueError("this model has no routed experts")
     experts = torch.stack([calls[0] for calls in choices.values()]).cpu()      # (layers, N, K)

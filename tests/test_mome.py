@@ -137,13 +137,13 @@ def test_balance_loss_trains_the_router():
 
 @pytest.mark.parametrize("place", ["attn", "ffn", "layer"])
 def test_rows_of_unequal_length_are_computed_without_padding(place):
-    """(N, D) with lengths gives each row what it gives alone, and no expert meets padding."""
+    """(1, N, D) with lengths gives each row what it gives alone, and no expert meets padding."""
     torch.manual_seed(0)
     llm = Llama(LlamaConfig(40, 32, 2, 4, 2, 48, n_routed=4, n_shared=1, place=place))
     for layer in llm.layers:
         torch.nn.init.normal_(layer.mome.up)
     rows = [torch.randn(n, 32, requires_grad=True) for n in (3, 8, 1, 5)]
-    hidden = llm.hidden_states(torch.cat(rows), [3, 8, 1, 5])
+    hidden = llm.hidden_states(torch.cat(rows)[None], [3, 8, 1, 5])[0]
     assert [len(x) for x in llm.layers[1].mome.routed] == [17, 17]
     alone = [llm.hidden_states(row[None])[0] for row in rows]
     torch.testing.assert_close(hidden, torch.cat(alone), atol=1e-5, rtol=1e-5)
