@@ -135,7 +135,7 @@ def in_babble(clip, snr_db, voices, n_voices=4):
 
 
 def noisy_power(power, voices, rng):
-    """Babble for training: power (M, frames) + the mel powers of 2 to 5 other clips, at -7 to 15 dB."""
+    """Babble for training: power (M, frames) + the mel powers of 2 to 5 clips, at -7 to 15 dB."""
     babble = torch.zeros_like(power)
     for clip in rng.sample(voices, min(rng.randint(2, 5), len(voices))):
         voice = 10 ** torch.from_numpy(clip.log_power).float()
@@ -147,7 +147,7 @@ def noisy_power(power, voices, rng):
 
 # --- batches ----------------------------------------------------------------------------------------------
 def change_pace(x, pace):
-    """x (T, ...) -> (T * pace, ...): each new moment repeats the nearest old one."""
+    """x (T, ...) -> (T * pace, ...): each new moment repeats the old one in which it begins."""
     return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
 
 
@@ -233,7 +233,7 @@ def epoch_order(n_clips, seed, epoch):
 
 
 def drawn_clips(clips, size, seed, step):
-    """The `size` clips of one step, a function of (seed, step). An epoch has each clip once, for one task."""
+    """The `size` clips of one step, a function of (seed, step). An epoch has each clip once."""
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, position = divmod(place, len(clips))

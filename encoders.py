@@ -255,13 +255,13 @@ class VideoEncoder(nn.Module):
 
     def forward(self, video, lengths=None):
         """video (B, 1, T, H, W) in 0 to 1, lengths (B,) in frames -> (B, T, D)."""
-        B, _, T, _, _ = video.shape
+        B, _, T, height, width = video.shape
         if lengths is None:
             lengths = torch.full((B,), T, device=video.device)
         valid = valid_mask(lengths, T)                                               # (B, T)
         size = self.config.size
-        edge = (video.shape[-1] - size) // 2
-        assert edge >= 0, f"pictures of {video.shape[-1]} pixels, at least {size}"
+        assert height == width >= size, f"pictures of {width}x{height}, expected squares from {size}"
+        edge = (width - size) // 2
         video = video[..., edge:edge + size, edge:edge + size]
         x = (video - 0.421) / 0.165 * valid[:, None, :, None, None]           # AV-HuBERT's pixel mean and std
         # A Conv3d over one channel equals a Conv2d over 5 frames as channels, which is much faster on a CPU.

@@ -192,7 +192,7 @@ class MoME(nn.Module):
 
 # --- a Llama ----------------------------------------------------------------------------------------------
 def rope_tables(positions, inv_freq):
-    """cos and sin for `rotate`: positions (..., T), inv_freq (D/H/2,) -> both (..., T, D/H)."""
+    """positions (..., T), inv_freq (D/H/2,) -> cos, and sin with its first half negated, (..., T, D/H)."""
     angles = positions[..., None].float() * inv_freq
     cos, sin = angles.cos(), angles.sin()
     sin = torch.cat([-sin, sin], -1)
@@ -220,9 +220,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.dim, bias=bias)
 
     def forward(self, x, rope, lengths=None, write=None, mask=None):
-        """x (B, T, D) -> (B, T, D), causal. With lengths, x is (1, N, D): clips one after another, of which
-        each attends to itself alone. In decoding `write(k, v)` stores new keys and values and returns all S
-        of them, and mask (B, 1, 1, S) is true where the new token may look (sample.KVCache)."""
+        """x (B, T, D) -> (B, T, D), causal. rope: see rope_tables. With a list of lengths x is (1, N, D):
+        clips one after another. Each attends to itself alone. In decoding `write(k, v)` stores new keys and
+        values and returns all S. Then mask (B, 1, 1, S) is true where a new token may look."""
         def heads(y):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
         causal = write is None or x.shape[1] > 1
@@ -267,7 +267,7 @@ class Layer(nn.Module):
         self.place, self.mome = None, None      # Llama.add_mome sets them
 
     def forward(self, x, **attention):
-        """x (..., D) -> (..., D), see Attention."""
+        """x (B, T, D) -> (B, T, D), see Attention."""
         h = self.input_layernorm(x)
         y = x + self.self_attn(h, **attention)
         if self.place == "attn":
@@ -282,7 +282,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama decoder. Its modules have the names of HF's LlamaForCausalLM."""
+    """A Llama decoder. Its modules have the names of HF's LlamaModel."""
     Config = LlamaConfig
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -325,8 +325,8 @@ class Llama(nn.Module):
 
     def hidden_states(self, x, lengths=None, positions=None, cache=None):
         """Embeddings x (B, T, D) -> normalised hidden states (B, T, D), ready for `logits`. With a list of
-        lengths x is (1, N, D): clips one after another, without padding. positions: from 0 on by default;
-        every entry takes one. cache: a sample.KVCache, in decoding."""
+        lengths x is (1, N, D): clips one after another, without padding. positions: (T,) or (B, 1, T), by
+        default from 0 on in each clip. cache: a sample.KVCache, in decoding."""
         if positions is None:
             rows = [torch.arange(n) for n in lengths or [x.shape[1]]]
             positions = torch.cat(rows).to(x.device)

@@ -126,6 +126,7 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     return answers
 
 
+@torch.no_grad()
 def decode(model, encoded, rates, beam=1):
     """Encoded clips -> for each (token ids, mean log-probability, rates, number of prefix tokens)."""
     prefixes = model.prefix(encoded, rates)

@@ -171,6 +171,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
     progress = tqdm(batches, f"stage 3, {config.method}", steps, initial=first)
     for step, drawn in enumerate(progress, first):
         _, _, rate_sets, parts = drawn
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         total = 0
         for share, transcripts, encoded in parts:           # one part, but for --accumulate
             for rates in rate_sets:                         # one backward each: memory for one set of rates
@@ -181,14 +182,14 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         total, balance = run.sum_up(total, balance)         # over the processes of torchrun
         run.log(step, drawn, total, balance, model.llm)
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         optimizer.step()
         optimizer.zero_grad()
-        recent.append(total)
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)
-        if config.valid_every and (step + 1) % config.valid_every == 0:
-            check(step + 1, sum(recent) / len(recent))
-            recent.clear()
+        if config.valid_every:
+            recent.append(total)
+            if (step + 1) % config.valid_every == 0:
+                check(step + 1, sum(recent) / len(recent))
+                recent.clear()
         run.after(step + 1)
     run.save(steps)
 
@@ -198,11 +199,11 @@ def train(config, tasks, pairs, device, watch):
     """Stages 1 to 3 -> model, the dict of config.json, test clips. Writes the checkpoint and samples."""
     out = Path(config.out)
     with first_alone():
-        model, clips, tokenizer, frozen, features = set_up(config, tasks, device, watch)
+        model, clips, tokenizer, origin, features = set_up(config, tasks, device, watch)
     torch.manual_seed(config.seed)
     saved = add_adapter(model, config, tasks, pairs) | limits(clips["train"])
     print(parameter_line(saved))
-    run = Run(config, clips["train"], frozen["frozen"])
+    run = Run(config, clips["train"], origin["frozen"])
     prepare_layers(model.llm.layers, config)
 
     def test_held_out(step, loss):
@@ -210,7 +211,6 @@ def train(config, tasks, pairs, device, watch):
         rows = [row | {"split": "valid"} for row in rows]
         run.kept["curve"].append({"step": step, "loss": loss, "rows": rows})
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
-        model.train()
 
     model.train()
     with run, threads(1 if features else 0.5):              # cached features leave all cores to the step
@@ -219,7 +219,7 @@ def train(config, tasks, pairs, device, watch):
     if "valid" in clips:
         saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer)
         watch.lap("calibration")
-    save_model(model, out, **frozen, **saved)
+    save_model(model, out, **origin, **saved)
     run.finish()
     write_samples(config, clips["test"], out / "samples")
     return model, saved | {"paths": config.real_paths}, clips["test"]

@@ -9,6 +9,7 @@ from functools import partial
 import jiwer
 import numpy as np
 
+from data import ClipError
 from extras.baselines import PerRate
 from real.files import note
 from sample import decode, decode_all, trained_rates
@@ -41,10 +42,10 @@ def two_rates(task, config):
 
 
 def auto_decoder(task, config):
-    """A function (model, encoded, beam=1) for sample.py. ValueError if the checkpoint has no threshold for the task."""
+    """A function (model, encoded, beam=1) for sample.py. ClipError if the checkpoint has no threshold for the task."""
     threshold = config.get("auto", {}).get(task)
     if threshold is None:
-        raise ValueError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
+        raise ClipError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
     coarse, fine = two_rates(task, config)
     ladder = [(coarse, threshold), (fine, -math.inf)] if fine != coarse else [(coarse, -math.inf)]
     return partial(decode_ladder, ladder=ladder)

@@ -36,21 +36,14 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     def lips():
         return closing(mouths(selected, size, box, cache))
 
-    # 1. Where does somebody speak?
-    selected, name, skipped = media.select_streams(source, streams), str(source.path), 0
-    max_frames = round((longest or MAX_SECONDS + 1) * FPS)
-    spans = ((start, start + max_frames) for start in count(0, max_frames))
-    if span:
-        spans, name = [(round(span[0] * FPS), round(span[1] * FPS))], f"{name}{SPAN}{span[0]:g},{span[1]:g}"
-    elif longest:
-        active, level = speech_over_time(source, selected, lips, max_frames)
-        if len(level) > max_frames:
-            spans = media.speech_spans(active, level, max_frames)
-            skipped = len(level) - sum(end - start for start, end in spans)
-
-    # 2. Decode the sound, find the mouths, cut both into pieces, make the clips.
+    selected = media.select_streams(source, streams)
+    spans, n_skipped = spans_to_read(source, selected, lips, longest, span)
+    name = f"{source.path}{SPAN}{span[0]:g},{span[1]:g}" if span else str(source.path)
     end = n_pieces = 0  # end of the last piece, in frames
     unused = set()      # why a stream that is there is not used
+    if spans == []:
+        unused |= {"sound is silent"} if source.has_sound else set()
+        unused |= {"pictures do not move"} if selected.picture_size else set()
     with ExitStack() as stack:
         sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
         pictures = stack.enter_context(lips()) if selected.picture_size else None
@@ -71,15 +64,34 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 continue
             n_pieces += 1
             yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
+    check_read(source, longest, span, end, n_pieces, unused)
+    if n_skipped > 10 * FPS:
+        note(f"{shown(source.path)}: {n_skipped / FPS:.0f} s without speech are skipped")
 
-    # 3. Is anything wrong with the file?
-    if span and end < spans[0][1] - MISSING * (spans[0][1] - spans[0][0]):
+
+def spans_to_read(source, selected, lips, longest, span):
+    """-> [(start, end)] in frames, or an iterator of spans without gaps, and how many frames are skipped.
+
+    The arguments are those of `read_pieces` and `speech_over_time`."""
+    if span:
+        return [(round(span[0] * FPS), round(span[1] * FPS))], 0
+    max_frames = round((longest or MAX_SECONDS + 1) * FPS)
+    if longest:
+        active, level = speech_over_time(source, selected, lips, max_frames)
+        if len(level) > max_frames:
+            spans = media.speech_spans(active, level, max_frames)
+            return spans, len(level) - sum(end - start for start, end in spans)
+    return ((start, start + max_frames) for start in count(0, max_frames)), 0
+
+
+def check_read(source, longest, span, end, n_pieces, unused):
+    """Raises ClipError if what was read of a media.Source is not enough. Prints notes about what is not used.
+
+    longest, span: see `read_pieces`. end: the frame after the last piece. unused: why a stream is not used."""
+    if span and end < round(span[1] * FPS) - MISSING * (span[1] - span[0]) * FPS:
         raise clip_error(source.path, f"{source.seconds:.1f} s long, and its transcript has words at {span[1]:.1f} s")
     if not n_pieces and 0 < end < MIN_FRAMES:
         raise clip_error(source.path, f"{end / FPS:.2f} s long, too short for a word")
-    if not n_pieces and not unused and spans == []:
-        unused = {"sound is silent"} if source.has_sound else set()
-        unused |= {"pictures do not move"} if selected.picture_size else set()
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
@@ -90,8 +102,6 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
     for reason in sorted(unused):
         note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
-    if skipped > 10 * FPS:
-        note(f"{shown(source.path)}: {skipped / FPS:.0f} s without speech are skipped")
 
 
 def speech_over_time(source, selected, lips, max_frames):

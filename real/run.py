@@ -380,9 +380,9 @@ class Run:
     def log(self, step, drawn, loss, balance, llm):
         """A line of log.csv, every LOG_EVERY steps. drawn: what train.train_mome draws for a step.
 
-        max_load: the most tokens of an expert over the mean, in the worst layer. router_entropy: of a router's mean
-        probabilities, in the worst layer. tokens_per_s: pooled tokens of this process, at all rates of a step. Raises
-        TrainingError if the loss is not a number."""
+        balance: of the last set of rates. max_load: the most tokens of an expert over the mean, in the worst layer.
+        router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this process,
+        at all rates of a step. Raises TrainingError if the loss is not a number."""
         task, clips, rate_sets, parts = drawn
         if not math.isfinite(loss):
             names = ", ".join(clip.name for clip in clips)

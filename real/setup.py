@@ -153,8 +153,8 @@ def set_up(config, tasks, device, watch):
         keys = {stream: [whole[stream], asdict(sizes[stream]), str(dtype_on(device))] for stream in model.encoders}
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
-    frozen = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12]}
-    return model, clips, tokenizer, frozen, features
+    origin = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12]}
+    return model, clips, tokenizer, origin, features
 
 
 def load_for_test(config, tasks, device):

@@ -149,8 +149,9 @@ def test_a_stream_that_starts_late(files, tmp_path, talker_clips, kind):
     assert abs(sound_lag) <= SAMPLES_PER_FRAME and np.abs(clip.wave[:2500]).max() < 1e-2
 
 
-def test_time_stamps_that_run_away(tmp_path):
+def test_time_stamps_that_run_away(tmp_path, monkeypatch):
     """After two seconds a time stamp is a day later. The file is refused, and no day of the same picture is decoded."""
+    monkeypatch.setattr(media, "MAX_HOURS", 0.1)     # of the same picture at most, five by default
     ffmpeg("-f", "lavfi", "-i", "testsrc=size=64x64:rate=25:duration=4", "-vf", "setpts='PTS+gte(N,50)*86400/TB'",
            "-fps_mode", "passthrough", tmp_path / "gap.mkv")
     with pytest.raises(ClipError, match="gap.mkv: its time stamps span more than"):

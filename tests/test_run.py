@@ -263,6 +263,9 @@ def test_log_and_facts(whole):
     rows = list(csv.DictReader((whole / "log.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(STEPS))
     assert all(float(row["loss"]) > 0 and float(row["max_load"]) >= 1 and float(row["tokens_per_s"]) > 0 for row in rows)
+    rates = [train.learning_rate(step, STEPS, train.TrainConfig().peak_lr) for step in range(STEPS)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(rates, rel=0.01)
+    assert json.loads(bytes(load_file(whole / "state.safetensors")["facts"].tolist()))["kept"] == {"curve": [], "recent": []}
     facts = json.loads((whole / "run.json").read_text())
     assert facts["config"]["steps"] == STEPS and facts["versions"]["torch"] == torch.__version__
 
