@@ -126,10 +126,8 @@ def encode_parts(model, clips, parts, task, rng, voices, features):
     of_clips = features.rows(clips, streams, rng) if features else rows_of(clips, streams, rng, voices)
     for _, rows in parts:
         of_part = {stream: [xs[row] for row in rows] for stream, xs in of_clips.items()}
-        if features:
-            yield to_device(padded(of_part), model.device)
-        else:
-            yield model.encode(to_device(to_inputs(of_part), model.device))
+        inputs = to_device(padded(of_part) if features else to_inputs(of_part), model.device)
+        yield inputs if features else model.encode(inputs)
 
 
 def learning_rate(step, steps, peak):
@@ -162,7 +160,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
         parts = split_step(chosen, transcripts, config)
         encoded = encode_parts(model, chosen, parts, task, rng, voices, features)
-        parts = [(share, [transcripts[row] for row in rows], next(encoded)) for share, rows in parts]
+        parts = [(share, [transcripts[row] for row in rows], x) for (share, rows), x in zip(parts, encoded)]
         return task, chosen, rate_sets, parts
 
     first = run.begin(trained, optimizer, steps)

@@ -95,6 +95,11 @@ def spell(text):
     return [unit for word in text.split() for unit in LEXICON.get(word, [word])]
 
 
+def target_units(text, unit_ids):
+    """The ids of a text's units, without those that no encoder learns -> (N,)."""
+    return torch.tensor([unit_ids[unit] for unit in spell(text) if unit in unit_ids], dtype=torch.long)
+
+
 def frame_units(aligned, n_tokens, tokens_per_second, unit_ids):
     """The unit in the middle of each of `n_tokens` tokens, by an alignment as in data.Clip -> (n_tokens,), 0: rest."""
     ends = torch.tensor([end for _, end in aligned])
@@ -142,7 +147,7 @@ def heard_units(encoder, head, clips, unit_ids, device):
     heard = {}
     for i, clip in enumerate(tqdm(clips, "alignment", leave=False)):
         x, lengths = to_device(batch([clip], ["audio"]), device)["audio"]
-        target = torch.tensor([unit_ids[unit] for unit in spell(clip.text) if unit in unit_ids])
+        target = target_units(clip.text, unit_ids)
         with torch.no_grad():
             log_probs = head(encoder(x, lengths))[0].log_softmax(-1).cpu()
         path = best_path(log_probs, target) if len(target) else None
@@ -177,7 +182,7 @@ def train_encoder(stream, encoder, clips, units, steps, seed, device, alignments
                        for clip, n in zip(chosen, lengths.tolist())]
             targets = pad_sequence(targets, batch_first=True, padding_value=-100)
             return F.nll_loss(log_probs.flatten(0, 1), targets.flatten().to(device))
-        targets = [torch.tensor([unit_ids[unit] for unit in spell(clip.text) if unit in unit_ids]) for clip in chosen]
+        targets = [target_units(clip.text, unit_ids) for clip in chosen]
         target_lengths = torch.tensor([len(target) for target in targets])
         return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(targets).to(device), lengths.cpu(), target_lengths,
                           zero_infinity=True)
