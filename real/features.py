@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
 from encoders import SAMPLE_RATE
-from real.files import digest, write_whole
+from real.files import digest, read_stored, write_whole
 from real.folders import Unread
 
 
@@ -134,8 +133,5 @@ class Features:
         for job in [(clip, copy, stream) for clip, copy in zip(clips, copies) for stream in streams]:
             if not self.path(*job).is_file():
                 self.encode([job])     # alone: others beside it would change its last bits
-        try:
-            return {stream: [load_file(self.path(clip, copy, stream))["x"] for clip, copy in zip(clips, copies)]
-                    for stream in streams}
-        except (OSError, KeyError, SafetensorError) as error:
-            raise data.ClipError(f"{self.folder}: damaged, delete it and start again ({error})") from None
+        return {stream: [read_stored(self.path(clip, copy, stream), load_file)["x"] for clip, copy in zip(clips, copies)]
+                for stream in streams}

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from glob import glob
@@ -103,8 +104,16 @@ def write_together(contents):
 
 
 def temporary_of(path):
-    """The path at which a file is written before it is renamed to `path`."""
-    return Path(path).with_name(f".{Path(path).name[:200]}.{os.getpid()}{HALF}")
+    """The path at which this thread writes a file before it is renamed to `path`."""
+    return Path(path).with_name(f".{Path(path).name[:200]}.{threading.get_ident()}.{os.getpid()}{HALF}")
+
+
+def read_stored(path, load):
+    """load(path), a file of a cache. Raises CheckpointError, which names it, if it is damaged."""
+    try:
+        return load(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged, delete it and start again ({error})") from None
 
 
 def plain(error, path):

@@ -45,14 +45,20 @@ def entries(folder):
                                  "or a manifest.csv")
     words = ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed_over.items()))
     named = [entry for entry in listed if entry.split]
-    if named:
+    splits = {entry.split for entry in named}
+    if splits - {"train"}:                             # train alone, as in LibriSpeech's train-clean-100, is no split
         if len(named) < len(listed):
             note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; "
                  "they are not used")
+        if "test" not in splits:
+            note(f"{shown(folder)}: no clip is in its test split; those of its valid split take their place")
+            named = [replace(entry, split="test" if entry.split == "valid" else entry.split) for entry in named]
         return layout, named, words
     one_talker = len({entry.talker for entry in listed}) == 1
     groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
-    shuffled = sorted(set(groups), key=lambda group: (zlib.crc32(group.encode(errors="surrogateescape")), group))
+    sizes = Counter(groups)
+    shuffled = sorted(sizes, key=lambda group: (
+        2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # most clips train
     n_test = min(len(shuffled) // 5, MAX_TEST * len(shuffled) // len(listed))
     test = set(shuffled[:max(1, n_test)])
     listed = [replace(entry, split="test" if group in test else "train", is_drawn=True)
@@ -161,16 +167,22 @@ def read_entries(listed, reading=None):
 
 
 @no_collector()
-def folder_clips(folder, reading=None, max_bad=1., disjoint=False):
-    """A folder -> {"train": [Clip or Unread], "test": [Clip]}. `reading`: of clips.read_pieces. Raises ClipError.
+def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("train", "test")):
+    """A folder -> {"train": [Clip or Unread], "test": [Clip]}, or one of them. `reading`: of clips.read_pieces.
+    Raises ClipError.
 
     A clip that cannot be used is left out, with a note. More than `max_bad` percent of such clips are an error.
     A training clip is left out if a test clip has the same sentence and the splits are ours, or `disjoint` asks so."""
     layout, listed, passed_over = entries(folder)
-    listed = [entry for entry in listed if entry.split in ("train", "test")]
+    counts, is_drawn = Counter(entry.split for entry in listed), listed[0].is_drawn
+    for split in splits:
+        if not counts[split] and not is_drawn:         # said before any clip is read
+            there = ", ".join(f"{n} in {name}" for name, n in sorted(counts.items()))
+            raise clip_error(folder, f"no clip is in its {split} split ({there}); add some, or name other splits")
+    listed = [entry for entry in listed if entry.split in splits]
     if passed_over:
         note(f"passed over in {shown(folder)} ({layout}): {passed_over}")
-    clips, unusable = {"train": [], "test": []}, Unusable(folder, len(listed), max_bad)
+    clips, unusable = {split: [] for split in splits}, Unusable(folder, len(listed), max_bad)
     now, later = listed, []
     training = [entry for entry in listed if entry.split == "train"]
     if len(training) > MAX_READ:
@@ -184,11 +196,11 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False):
             unusable.add(entry, clip)
         else:
             clips[entry.split].append(clip)
-    test_sentences = {clip.text for clip in clips["test"]}
-    fresh = [clip for clip in clips["train"] if clip.text not in test_sentences]
-    if n_repeated := len(clips["train"]) - len(fresh):
+    test_sentences, training = {clip.text for clip in clips["test"]}, clips.get("train", [])
+    fresh = [clip for clip in training if clip.text not in test_sentences]
+    if n_repeated := len(training) - len(fresh):
         clip_count = f"{n_repeated} training clips of {shown(folder)} whose sentence is in its test split"
-        if disjoint or listed[0].is_drawn:
+        if disjoint or is_drawn:
             clips["train"] = fresh
             note(f"left out: {clip_count}")
         else:

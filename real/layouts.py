@@ -9,7 +9,7 @@
     LRS3, or your own                NAME.mp4 and NAME.txt; the text follows `Text:`, or is the whole file
 
 A split is named by the table or list, or by a folder: train, dev and test, or a name that begins with one of them.
-Where no split is named, or training's alone, Entry.split is None. Links are followed.
+Where no split is named, Entry.split is None. Links are followed.
 """
 import csv
 import io
@@ -125,7 +125,8 @@ def read_table(path, *names):
     text = read_text(path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True,
+                      skipinitialspace=separator != "\t")
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
         if missing := [name for name in names if name not in columns]:
@@ -249,8 +250,6 @@ def side_by_side(folder, files):
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
         note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
-    if {entry.split for entry in listed} - {None} == {"train"}:        # as in LibriSpeech's train-clean-100 alone
-        listed = [replace(entry, split=None) for entry in listed]
     return listed
 
 

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from data import MAX_SECONDS, ClipError
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -361,10 +360,12 @@ def write_mp4(path, frames, wave):
     """Write grey pictures (T, H, W) at 25 fps and sound at 16 kHz as an mp4 (H.264, AAC), whole or not at all."""
     path, (height, width) = Path(path), frames.shape[1:]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        soundfile.write(f"{scratch}/sound.wav", wave, SAMPLE_RATE)
+        samples = (np.clip(wave, -1, 1) * 32767).round().astype("<i2")
+        Path(scratch, "sound").write_bytes(samples.tobytes())
+        sound = f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split()
         raw = f"-f rawvideo -pix_fmt gray -s {width}x{height} -r {FPS} -i pipe:0".split()
         coded = "-c:v libx264 -crf 12 -pix_fmt yuv420p -c:a aac -b:a 96k".split()
-        command = [ffmpeg(), "-v", "error", "-i", f"file:{scratch}/sound.wav", *raw, *coded, f"{scratch}/clip.mp4"]
+        command = [ffmpeg(), "-v", "error", *sound, f"file:{scratch}/sound", *raw, *coded, f"{scratch}/clip.mp4"]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
             raise clip_error(path, f"not written; ffmpeg says: {first_words(done.stderr)}")

@@ -13,19 +13,19 @@ import math
 import os
 import sys
 import threading
-from contextlib import closing, contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from encoders import FPS
-from real.files import CheckpointError, digest, note, shown, write_whole
+from real.files import CheckpointError, digest, note, read_stored, shown, write_whole
 from real.media import clip_error, picture_frames
 
 VERSION = 3       # raise it when the same file gives other crops than before: stored crops are then not used
@@ -44,6 +44,7 @@ POINTS = {        # a landmark is the mean of these vertices of FaceMesh; the la
     "right corner": (61,), "left corner": (291,), "upper lip": (0,), "lower lip": (17,)}
 HINT = "say where the mouth is, --box x,y,w,h, or use the sound alone, --task asr"
 STDERR = threading.Lock()
+FILLING = defaultdict(threading.Lock)   # one for each file of the cache
 
 
 def parse_box(text):
@@ -91,16 +92,13 @@ def quiet():
     """Discard what is written to file descriptor 2 in this block: mediapipe's C++ code writes messages there.
 
     Other threads write to sys.stderr meanwhile, and that still goes to the terminal."""
-    with STDERR, open(os.devnull, "w") as devnull, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
-        before = sys.stderr
-        if before is sys.__stderr__:
-            sys.stderr = terminal
+    with (STDERR, open(os.devnull, "w") as devnull, os.fdopen(os.dup(2), "w", buffering=1) as terminal,
+          redirect_stderr(terminal) if sys.stderr is sys.__stderr__ else nullcontext()):
         os.dup2(devnull.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(terminal.fileno(), 2)
-            sys.stderr = before
 
 
 @contextmanager
@@ -143,7 +141,7 @@ def largest_face(faces, source):
     tracks = []
     for t, detected in enumerate(faces):
         for face in map(np.array, detected):
-            moves = [(abs(track[max(track)][3] - face[3]), i) for i, track in enumerate(tracks) if t not in track]
+            moves = [(abs(track[next(reversed(track))][3] - face[3]), i) for i, track in enumerate(tracks) if t not in track]
             move, nearest = min(moves, default=(math.inf, None))
             if move < 1.5 * abs(face[1] - face[0]):  # the distance of the eyes
                 tracks[nearest][t] = face
@@ -218,14 +216,15 @@ def cached_crops(source, size, folder):
     stat = os.stat(source.path)
     key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size, source.pictures]
     path = Path(folder) / f"{digest(key)}.safetensors"
-    if not path.is_file():
-        crops = list(crop_mouths(source, size, find_landmarks(source)))
-        found = np.array([crop is not None for crop in crops])
-        frames = np.stack([crop if crop is not None else np.zeros((size, size), np.uint8) for crop in crops])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: save_file({"frames": frames, "found": found}, temporary))
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged, delete it and start again ({error})") from None
+    with FILLING[path]:                         # pieces of one file are read side by side; one thread finds the face
+        if not path.is_file():
+            crops = list(crop_mouths(source, size, find_landmarks(source)))
+            found = np.array([crop is not None for crop in crops])
+            frames = np.stack([crop if crop is not None else np.zeros((size, size), np.uint8) for crop in crops])
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, lambda temporary: save_file({"frames": frames, "found": found}, temporary))
+            except OSError as error:            # of the cache, not of the clip
+                raise CheckpointError(f"{path}: not written: {error.strerror}") from None
+    stored = read_stored(path, load_file)
     return [frame if found else None for frame, found in zip(stored["frames"], stored["found"])]

@@ -1,5 +1,4 @@
 """Looking after a training run: its processes and threads, its folder, its log, and the state from which it goes on."""
-import csv
 import json
 import math
 import multiprocessing
@@ -35,6 +34,7 @@ NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "
 STATE = ("param", "step", "exp_avg", "exp_avg_sq")     # of each trained parameter; the last three are AdamW's
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
+MEETING = 10                             # minutes in which the processes of torchrun must meet
 
 
 # --- processes and threads -------------------------------------------------------------------------------------------
@@ -55,11 +55,11 @@ def choose_device(name):
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     try:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.ones(1, device="cuda").add_(1).item()
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"--device {name}: torch cannot use a GPU here ({reason}); use --device cpu") from None
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda")
 
 
@@ -69,8 +69,11 @@ def processes(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    backend = "gloo" if choose_device(device).type == "cpu" else "nccl"
     try:
-        dist.init_process_group("gloo" if choose_device(device).type == "cpu" else "nccl", timeout=timedelta(days=1))
+        store, rank, n_processes = next(dist.rendezvous("env://", timeout=timedelta(minutes=MEETING)))
+        store.set_timeout(timedelta(days=1))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes, timeout=timedelta(days=1))
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"WORLD_SIZE is set, but the processes cannot meet; use torchrun ({reason})") from None
@@ -191,7 +194,13 @@ def own_folder(folder):
     if owner.isdecimal() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "
                               f"if it is another program by now, delete {lock}")
-    write_together({lock: str(os.getpid()).encode()})
+    if lock.is_file():                              # its process has ended
+        lock.unlink()
+    try:
+        with lock.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        raise CheckpointError(f"{folder}: another process has just begun to train into it; name another --out") from None
     for left in Path(folder).glob(f".*{HALF}"):     # of processes that were killed
         owner = left.stem.rpartition(".")[2]
         if owner.isdecimal() and not is_running(int(owner)):
@@ -231,7 +240,7 @@ class Run:
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
         self.settings |= {"clips": digest([(clip.name, clip.text) for clip in clips])[:12], "frozen": frozen}
         self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
-        self.log_file, self.log_rows, self.n_tokens, self.counts = None, None, 0, {}
+        self.n_tokens, self.counts = 0, {}
         self.began = self.saved = self.looked = time.monotonic()
         if config.fresh and is_first():
             self.path.unlink(missing_ok=True)
@@ -248,8 +257,6 @@ class Run:
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.log_file:
-            self.log_file.close()
 
     def begin(self, trained, optimizer, steps):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
@@ -365,16 +372,10 @@ class Run:
     def begin_log(self, step):
         """Keep the rows of an earlier part of this run, up to `step` -> `step`."""
         write_json(self.out / "run.json", self.facts)
-        if not is_first():
-            return step
-        path, rows = self.out / "log.csv", []
-        if step and path.is_file():
-            rows = csv.reader(path.read_text(errors="replace").splitlines()[1:])
-            rows = [row for row in rows if row and row[0].isdecimal() and int(row[0]) < step]
-        self.log_file = path.open("w", newline="")
-        self.log_rows = csv.writer(self.log_file)
-        self.log_rows.writerow(COLUMNS)
-        self.log_rows.writerows(rows)
+        path = self.out / "log.csv"
+        rows = path.read_text(errors="replace").splitlines() if step and path.is_file() else []
+        rows = [row for row in rows if (number := row.partition(",")[0]).isdecimal() and int(number) < step]
+        write_together({path: "\n".join([",".join(COLUMNS), *rows, ""]).encode()})
         return step
 
     def log(self, step, drawn, loss, balance, llm):
@@ -389,7 +390,7 @@ class Run:
             raise TrainingError(f"step {step}: the loss is {loss}; try a smaller --lr; the clips of this step: {names}")
         for rates, (_, _, encoded) in product(rate_sets, parts):
             self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
-        if step % LOG_EVERY or self.log_rows is None:
+        if step % LOG_EVERY or not is_first():
             return
         loads, entropies = [1.0], [0.0]
         for number, layer in enumerate(llm.layers):
@@ -406,8 +407,8 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         numbers = (f"{loss:.6f} {balance:.4f} {max(loads):.2f} {min(entropies[1:], default=0):.3f} {lr:.2e} {speed:.0f} "
                    f"{now - self.began:.1f}")
-        self.log_rows.writerow([step, task, *numbers.split()])
-        self.log_file.flush()
+        with open(self.out / "log.csv", "a") as file:
+            print(step, task, *numbers.split(), sep=",", file=file)
         if step and step % LOOK_EVERY == 0:
             self.look_at_experts()
 

@@ -4,7 +4,7 @@ import shutil
 import zlib
 from dataclasses import asdict, replace
 from hashlib import sha256
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read
 from real.features import Features
 from real.files import SPAN, CheckpointError, digest, is_first, note
 from real.folders import folder_clips, read_all
+from real.media import is_silent, probe
 from real.mouth import parse_box
 from real.options import parse_snrs, percent
 from real.weights import llama_ids
@@ -35,6 +36,8 @@ def check_config(config):
     trains = not (config.eval_only or config.dry_run)
     if trains and config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--batch-size {config.batch_size}: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
+    if config.data and not config.dry_run and Path(config.data).resolve() in Path(config.out, "samples").resolve().parents:
+        raise ValueError(f"--out {config.out} is in the folder of --data, which would get its samples as clips; name another")
     parse_rates(config.rates)
     if config.seed >= 2 ** 63:
         raise ValueError(f"--seed must be under {2 ** 63}")
@@ -79,7 +82,8 @@ def load_clips(config, tasks, audio, video):
         box = parse_box(config.box) if config.box else None
         how = {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
         max_bad = percent("--max-bad", config.max_bad)
-        clips = folder_clips(config.data, reading(audio, video) | how, max_bad, config.disjoint)
+        splits = ("test",) if config.eval_only else ("train", "test")
+        clips = folder_clips(config.data, reading(audio, video) | how, max_bad, config.disjoint, splits)
         if config.valid_every and not config.eval_only:
             clips["train"], held_out = hold_out(clips["train"])
             clips["valid"] = [clip for clip in read_all(held_out) if clip]
@@ -88,8 +92,6 @@ def load_clips(config, tasks, audio, video):
         if not config.eval_only:
             counts |= {"train": config.clips, "valid": config.valid_clips}
         clips = talker_clips(counts, config.seed)
-    if config.eval_only:
-        clips = {"test": clips["test"]}
     for split, task in product(clips, tasks):
         if not any(clip.duration and set(TASKS[task]) <= set(clip.streams) for clip in clips[split]):  # of those read
             raise ClipError(f"{config.data}: no {split} clip has {' and '.join(TASKS[task])}, which {task} needs; "
@@ -125,6 +127,9 @@ def set_up(config, tasks, device, watch):
     stand_ins = {"audio": AudioConfig(), "video": VideoConfig()}
     sizes = {stream: parts[stream].config if stream in parts else stand_in if stream in task_streams(tasks) else None
              for stream, stand_in in stand_ins.items()}
+    if "llm" in parts:
+        tokenizer, (bos, eos) = load_tokenizer(config.llm), llama_ids(config.llm)
+        llm, prompt, words = parts["llm"].config, tokenizer.encode(PROMPT), None
     clips = load_clips(config, tasks, **sizes)
     watch.lap("clips")
     if config.data:
@@ -132,11 +137,7 @@ def set_up(config, tasks, device, watch):
         tested = {clip.text for split in clips if split != "train" for clip in clips[split]} - set(texts)
     else:
         texts, tested = grid_sentences("train"), set(grid_sentences("test"))
-    words = None
-    if "llm" in parts:
-        tokenizer, (bos, eos) = load_tokenizer(config.llm), llama_ids(config.llm)
-        llm, prompt = parts["llm"].config, tokenizer.encode(PROMPT)
-    else:
+    if "llm" not in parts:
         words = sorted(common_words(texts))
         tokenizer = make_tokenizer(words)
         bos, eos, *prompt = (tokenizer.encode_single_token(name) for name in SPECIAL_TOKENS)
@@ -174,7 +175,7 @@ def load_for_test(config, tasks, device):
 
 
 def write_samples(config, clips, folder):
-    """Three test clips for sample.py, in place of those of an earlier run."""
+    """Three test clips for sample.py, in place of those of an earlier run. Each is a whole file with its own sound."""
     if not is_first():
         return
     folder.mkdir(exist_ok=True)
@@ -183,8 +184,9 @@ def write_samples(config, clips, folder):
     if not config.data:
         write_talker_clips(folder, 3, "test", config.seed)
         return
-    whole = [clip for clip in clips if SPAN not in clip.name]
-    for i, clip in enumerate(whole[:3], 1):
+    whole = (clip for clip in clips if SPAN not in clip.name
+             and not ("audio" in clip.streams and is_silent(probe(clip.name))))
+    for i, clip in enumerate(islice(whole, 3), 1):
         path = Path(clip.name)
         copy = folder / f"sample{i}_{path.stem[:40]}{path.suffix}"    # a file's name has at most 255 bytes
         shutil.copy(clip.name, copy)

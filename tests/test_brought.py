@@ -5,6 +5,8 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ import sample
 import train
 from data import ClipError
 from encoders import FPS
+from mome import LlamaConfig
 from real import clips, files, media, mouth, setup
 from real.checkpoint import load_model, save_model
 from real.clips import read_clip, read_pieces
 from real.features import content
 from real.files import CheckpointError
 from real.run import own_folder
+from toy.talker import write_talker_clips
 from toy.tokenizer import make_tokenizer
 
 LONGEST = 4     # seconds of a piece
@@ -341,6 +345,33 @@ def test_two_trainings_do_not_share_a_folder(tmp_path, capsys):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_lock_that_appears_after_the_look_for_one_counts(tmp_path, monkeypatch):
+    """As in two trainings that begin at once."""
+    with own_folder(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda path: False)
+        with pytest.raises(CheckpointError, match="another process has just begun to train into it"):
+            with own_folder(tmp_path):
+                pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_out_in_the_folder_of_the_clips(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path, tmp_path / "out", "out"):
+        with pytest.raises(SystemExit):
+            train.main(["--data", ".", "--out", str(out)])
+        assert f"--out {out} is in the folder of --data" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_missing_is_said_before_clips_are_read(tmp_path, capsys):
+    parts = {"llm": SimpleNamespace(config=LlamaConfig(9))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "read_parts", lambda *_: parts)
+        patch.setattr(setup, "identify", lambda *_: {})
+        code, (line,) = run(capsys, "--llm", tmp_path, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert code == 2 and "tokenizer.json" in line
+
+
 def test_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     code, (line,) = run(capsys, "--out", tmp_path / "file")
@@ -360,6 +391,17 @@ def test_samples_of_clips_with_long_names(tmp_path, voice):
     clip = data.Clip(str(path), "text", voice)
     setup.write_samples(train.TrainConfig(data="x"), [clip], tmp_path / "samples")
     assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+def test_a_sample_has_the_sound_that_its_clip_has(tmp_path, voice):
+    """Pictures whose sound is a file of its own would be transcribed from lips alone."""
+    write_talker_clips(tmp_path / "clips", 2, "test", 0)
+    mute, whole = sorted((tmp_path / "clips").glob("*.mp4"))
+    ffmpeg("-i", mute, "-an", "-c", "copy", tmp_path / "cut.mp4")
+    (tmp_path / "cut.mp4").replace(mute)
+    read = [data.with_log_power(data.Clip(str(path), "text", voice, np.zeros((9, 32, 32), np.uint8))) for path in (mute, whole)]
+    setup.write_samples(train.TrainConfig(data="x"), read, tmp_path / "samples")
+    assert [path.name for path in (tmp_path / "samples").glob("*.mp4")] == [f"sample1_{whole.stem[:40]}.mp4"]
 
 
 # --- the terminal ---

@@ -509,3 +509,38 @@ def test_files_that_hold_no_clip_are_named(tmp_path):
     assert "misdetection" not in str(read_entry(entries(tmp_path)[1][0]))
     with pytest.raises(ClipError, match="a.mp4: a file; give its folder"):
         entries(tmp_path / "a.mp4")
+
+
+# --- splits, as they are downloaded in part ---
+
+def test_training_clips_alone_are_split_here(tmp_path):
+    for i in range(6):
+        write_tone(tmp_path / f"{i}.wav", "")
+    write(tmp_path / "manifest.csv", "path, text, split, talker\n" + "".join(f'{i}.wav, "says, {i}", train, t{i}\n' for i in range(6)))
+    parts = folder_clips(tmp_path)
+    assert len(parts["train"]) == 5 and [clip.text[:5] for clip in parts["test"]] == ["says "]
+
+
+def test_a_valid_split_is_tested_where_no_other_is(tmp_path, capsys):
+    for name in ("train-clean-5/a", "train-clean-5/b", "dev-clean-2/c"):
+        write_tone(tmp_path / f"{name}.wav", f"says {name[-1]}")
+    assert names(folder_clips(tmp_path)) == {"train": ["a.wav", "b.wav"], "test": ["c.wav"]}
+    assert "no clip is in its test split; those of its valid split take their place" in capsys.readouterr().err
+
+
+def test_a_split_without_clips_is_said_before_any_is_read(tmp_path, monkeypatch):
+    write_tone(tmp_path / "test-clean/a.wav", "one")
+    write_tone(tmp_path / "test-clean/b.wav", "two")
+    with monkeypatch.context() as patch:
+        patch.setattr("real.folders.read_clip", lambda *_, **__: 1 / 0)
+        with pytest.raises(ClipError, match=r"no clip is in its train split \(2 in test\)"):
+            folder_clips(tmp_path)
+    assert names(folder_clips(tmp_path, splits=("test",))) == {"test": ["a.wav", "b.wav"]}      # as --eval-only does
+
+
+@pytest.mark.parametrize("small", ("ann", "bob"))
+def test_the_talker_with_most_clips_trains(tmp_path, small):
+    for talker in ("ann", "bob"):
+        for i in range(1 if talker == small else 4):
+            write_tone(tmp_path / f"{talker}/{i}.wav", f"{talker} says {i}")
+    assert {clip.name.split("/")[-2] for clip in folder_clips(tmp_path)["test"]} == {small}

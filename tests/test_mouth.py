@@ -1,5 +1,8 @@
 """python -m pytest tests/test_mouth.py: from a face to its mouth; real faces where mediapipe is installed."""
 import contextlib
+import errno
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as imageio
 import numpy as np
@@ -10,6 +13,7 @@ from data import ClipError
 from extras.sheet import write_sheet
 from real import media, mouth
 from real.clips import read_clip
+from real.files import CheckpointError
 
 
 def source(tmp_path, size="320x240", seconds=1):
@@ -47,6 +51,28 @@ def test_crop_does_not_depend_on_the_pose():
     assert crops[0][48, 90] > crops[0][48, 5] + 60
     assert all(np.abs(crop - crops[0]).mean() < 3 for crop in crops)
     assert mouth.crop_mouth(picture(face(200, 200)), face(200, 200), 32).shape == (32, 32)
+
+
+def test_threads_that_read_one_file_find_its_face_once(tmp_path, monkeypatch):
+    clip, calls = source(tmp_path), []
+
+    def find(_):
+        calls.append(1)
+        time.sleep(0.1)
+        return np.stack([face()] * 25)
+    monkeypatch.setattr(mouth, "find_landmarks", find)
+    with ThreadPoolExecutor(4) as readers:
+        crops = list(readers.map(lambda _: list(mouth.mouths(clip, 32, None, tmp_path / "crops")), range(4)))
+    assert len(calls) == 1 and all(np.array_equal(crops[0], other) for other in crops) and len(crops[0]) == 25
+
+
+def test_a_full_disk_is_no_fault_of_the_clip(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(mouth, "find_landmarks", lambda _: np.stack([face()] * 25))
+    monkeypatch.setattr(mouth, "write_whole", full)
+    with pytest.raises(CheckpointError, match="crops/.*: not written: No space left on device"):
+        list(mouth.mouths(source(tmp_path), 32, None, tmp_path / "crops"))
 
 
 def test_smoothing_and_gaps(tmp_path, capsys):

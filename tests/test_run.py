@@ -1,12 +1,12 @@
 """python -m pytest tests/test_run.py: runs that are stopped and go on, their log, and what a kill leaves."""
 import csv
-import io
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -357,6 +357,17 @@ def test_processes_that_cannot_meet_are_one_line(tmp_path, capsys, monkeypatch):
     assert "WORLD_SIZE is set, but the processes cannot meet; use torchrun" in capsys.readouterr().err
 
 
+def test_processes_that_never_come_are_not_waited_for_all_day(tmp_path, capsys, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(run, "MEETING", 0.02)
+    assert train.main(command(tmp_path / "out", "--device", "cpu")) == 2
+    assert "WORLD_SIZE is set, but the processes cannot meet; use torchrun" in capsys.readouterr().err
+
+
 def test_parts_of_a_step(monkeypatch):
     def clips(*seconds):
         return [Clip(str(i), "a", frames=np.zeros((25 * s, 1, 1), np.uint8)) for i, s in enumerate(seconds)]
@@ -383,10 +394,17 @@ def test_a_training_that_follows_owns_the_folder_from_its_start(whole, capsys, m
     assert train.main(command(out)) == 2 and "--lr was 0.001, is 0.0" in capsys.readouterr().err
 
 
+def test_rows_of_the_log_are_on_the_disk_when_a_run_goes_on(tmp_path):
+    rows = [f"{step},asr,1,1,1,1,1,1,1" for step in range(30)]
+    (tmp_path / "log.csv").write_text("\n".join([",".join(run.COLUMNS), *rows, ""]))
+    assert Run(train.TrainConfig(out=str(tmp_path)), []).begin_log(20) == 20
+    assert (tmp_path / "log.csv").read_text().splitlines() == [",".join(run.COLUMNS), *rows[:20]]
+
+
 def test_padding_is_not_counted(tmp_path):
     looking = Run.__new__(Run)
     looking.counts, looking.n_tokens, looking.looked, looking.began = {}, 0, 0, 0
-    looking.log_rows, looking.log_file = csv.writer(io.StringIO()), io.StringIO()
+    looking.out = tmp_path
     looking.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
     llm = Llama(LlamaConfig(30, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, n_routed=4, n_shared=0))
     llm.transcript_loss([torch.randn(2, 16), torch.randn(9, 16)], [torch.tensor([1]), torch.tensor([2])])

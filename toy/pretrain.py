@@ -18,7 +18,6 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from data import batch, to_device
 from encoders import VideoConfig
 from mome import Llama
-from real.files import CheckpointError, digest, write_whole
+from real.files import digest, read_stored, write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
 from toy.talker import LEXICON, grid_sentences, talker_clips
@@ -67,10 +66,7 @@ def cached(folder, name, key, make):
     path = cache_file(folder, name, key)
     if path.is_file():
         tqdm.write(f"{name}: found in {path}")
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged, delete it and start again ({error})") from None
+        return read_stored(path, load_file)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(state, temporary))
