@@ -133,5 +133,5 @@ class Features:
         for job in [(clip, copy, stream) for clip, copy in zip(clips, copies) for stream in streams]:
             if not self.path(*job).is_file():
                 self.encode([job])     # alone: others beside it would change its last bits
-        return {stream: [read_stored(self.path(clip, copy, stream), load_file)["x"] for clip, copy in zip(clips, copies)]
-                for stream in streams}
+        return {stream: [read_stored(self.path(clip, copy, stream), lambda path: load_file(path)["x"])
+                         for clip, copy in zip(clips, copies)] for stream in streams}

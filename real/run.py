@@ -54,9 +54,10 @@ def choose_device(name):
     """--device (auto, cpu or cuda) -> torch.device. Raises TrainingError for a GPU that torch cannot use."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.ones(1, device="cuda").add_(1).item()
+        torch.ones(1, device=device).add_(1).item()
+        torch.cuda.set_device(device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(f"--device {name}: torch cannot use a GPU here ({reason}); use --device cpu") from None

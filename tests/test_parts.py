@@ -351,9 +351,11 @@ def test_what_is_there_is_not_made_again(kept, monkeypatch):
 def test_a_damaged_file_is_one_line(kept):
     make, clips = kept
     store = make(copies=0)
-    store.path(clips[1], 0, "audio").write_bytes(b"")
-    with pytest.raises(data.ClipError, match="damaged, delete it"):
-        store.rows(clips, ["audio"], random.Random(0))
+    path = store.path(clips[1], 0, "audio")
+    for damage in (lambda: path.write_bytes(b""), lambda: save_file({"y": torch.zeros(1)}, path)):
+        damage()
+        with pytest.raises(CheckpointError, match=f"{path}: damaged, delete it"):
+            store.rows(clips, ["audio"], random.Random(0))
 
 
 def test_distortion_keeps_time_and_bounds():
