@@ -154,8 +154,15 @@ def set_up(config, tasks, device, watch):
         keys = {stream: [whole[stream], asdict(sizes[stream]), str(dtype_on(device))] for stream in model.encoders}
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
-    origin = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12]}
+    origin = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12],
+              "tested": test_split(config, clips["test"])}
     return model, clips, tokenizer, origin, features
+
+
+def test_split(config, clips):
+    """The folder of --data and a hash of its test clips, for config.json."""
+    folder = config.data and os.path.abspath(config.data)
+    return folder, digest(sorted([os.path.basename(clip.name), clip.text] for clip in clips))
 
 
 def load_for_test(config, tasks, device):
@@ -170,6 +177,9 @@ def load_for_test(config, tasks, device):
         if task not in saved["tasks"]:
             note(f"{config.out}: this model was not trained for {task}, but for {', '.join(saved['tasks'])}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
+    (folder, tested), (before, tested_before) = test_split(config, clips), saved.get("tested", (None, None))
+    if folder and folder == before and tested != tested_before:
+        note(f"{folder}: its test split is not that of the training any more; the model may have been trained on some of it")
     return model, saved, clips, replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
                                         **{name: saved[name] for name in ("method", "rank", "projector_per_rate")})
 

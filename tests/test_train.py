@@ -400,7 +400,13 @@ def test_a_folder_with_clips_that_lack_a_stream(tmp_path, capsys):
     assert "MoME 0 (0 active for one token)," in capsys.readouterr().out
     assert not [name for name in load_file(tmp_path / "out/model.safetensors") if "mome" in name]
     assert sample.main([str(paths[0]), str(paths[1]), str(paths[2]), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
-    assert [json.loads(line)["task"] for line in capsys.readouterr().out.splitlines()] == ["vsr", "asr", "avsr"]
+    told = capsys.readouterr()
+    assert [json.loads(line)["task"] for line in told.out.splitlines()] == ["vsr", "asr", "avsr"]
+    again = ["--eval-only", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "out"), "--rates", "4", "--snr", "clean"]
+    for n_more in (0, 8):                     # a folder that has grown is split anew
+        n_more and write_talker_clips(tmp_path / "clips/more", n_more, "train", 1, size=32)
+        assert train.main(again) == 0
+        assert ("not that of the training any more" in capsys.readouterr().err) == bool(n_more)
 
 
 def test_missing_data(tmp_path, capsys):
