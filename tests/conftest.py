@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import train  # noqa: E402
 from encoders import AudioConfig, VideoConfig  # noqa: E402
 from mome import AVSR, AVSRConfig, LlamaConfig  # noqa: E402
 from real import media  # noqa: E402
+from toy import pretrain  # noqa: E402
 from toy.talker import talker_clip  # noqa: E402
 
 SHARED = ROOT.parent / "shared"  # real clips that some tests use where they are at hand
@@ -23,6 +25,14 @@ TRAINED = "--rates 2:2,4:8 --clips 12 --valid-clips 6 --test-clips 5 --audio-ste
 def ffmpeg(*options):
     """Run the same ffmpeg as the project, to make files for it to read."""
     subprocess.run([media.ffmpeg(), "-v", "error", "-y", *map(str, options)], check=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stage_2_in_a_thread():
+    """A process for the tiny Llama would import torch anew in each training. Tests that start train.py have that process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "ProcessPoolExecutor", lambda n_workers, *_: ThreadPoolExecutor(n_workers))
+        yield
 
 
 @pytest.fixture
