@@ -225,7 +225,7 @@ class Attention(nn.Module):
         values and returns all S. Then mask (B, 1, 1, S) is true where a new token may look."""
         def heads(y):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
-        causal = write is None or x.shape[1] > 1
+        causal = write is None or x.shape[1] > 1    # one new token may look at all that is stored
         def attend(q, k, v):
             return F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=causal, enable_gqa=True)

@@ -112,7 +112,7 @@ def read_stored(path, load):
     """load(path), a file of a cache. Raises CheckpointError, which names it, if it is damaged."""
     try:
         return load(path)
-    except (OSError, KeyError, SafetensorError) as error:
+    except (KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged, delete it and start again ({error})") from None
 
 

@@ -155,11 +155,11 @@ def set_up(config, tasks, device, watch):
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
     origin = {"parts": known, "words": words, "frozen": digest([whole, features and features.babble_key])[:12],
-              "tested": test_split(config, clips["test"])}
+              "tested": split_digest(config, clips["test"])}
     return model, clips, tokenizer, origin, features
 
 
-def test_split(config, clips):
+def split_digest(config, clips):
     """The folder of --data and a hash of its test clips, for config.json."""
     folder = config.data and os.path.abspath(config.data)
     return folder, digest(sorted([os.path.basename(clip.name), clip.text] for clip in clips))
@@ -177,7 +177,7 @@ def load_for_test(config, tasks, device):
         if task not in saved["tasks"]:
             note(f"{config.out}: this model was not trained for {task}, but for {', '.join(saved['tasks'])}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
-    (folder, tested), (before, tested_before) = test_split(config, clips), saved.get("tested", (None, None))
+    (folder, tested), (before, tested_before) = split_digest(config, clips), saved.get("tested", (None, None))
     if folder and folder == before and tested != tested_before:
         note(f"{folder}: its test split is not that of the training any more; the model may have been trained on some of it")
     return model, saved, clips, replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},
