@@ -69,6 +69,15 @@ def test_a_bias_moves_choices_and_not_gates(tiny):
     assert mome.router.weight.grad is None and mome.bias.grad.argmax() == 3 and mome.bias.grad[3] == pytest.approx(1.0)
 
 
+def test_threads_may_route_at_once(tiny):
+    ideas.add_bias(tiny)
+    mome = tiny.llm.layers[0].mome
+    batches = [torch.randn(n, 32) for n in (50, 5000)] * 50
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        for x, (gates, _) in zip(batches, pool.map(mome.route, batches)):
+            assert len(gates) == len(x)
+
+
 def test_an_idea_is_a_method(tiny):
     facts = {"method": "mome-bias", "rank": 1, "tasks": ["asr"], "rates": [(2, 2), (4, 4)], "projector_per_rate": False}
     baselines.build_adapter(tiny, facts)
