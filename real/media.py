@@ -253,7 +253,8 @@ def picture_frames(source, filters, shape):
     """Yield a source's pictures after these ffmpeg filters as uint8 arrays: (H, W) is grey, (H, W, 3) is RGB."""
     steady = f"fps={FPS}:start_time={source.start},format={'gray' if len(shape) == 2 else 'rgb24'}"
     filters = f"scale=iw*sar:ih,setsar=1,{filters},{steady}"
-    with closing(decode(source, math.prod(shape), f"V:{source.pictures}", filters, "-f", "rawvideo")) as chunks:
+    output = "-fps_mode passthrough -f rawvideo".split()     # else pictures before a time stamp of 0 would be dropped
+    with closing(decode(source, math.prod(shape), f"V:{source.pictures}", filters, *output)) as chunks:
         for chunk in chunks:
             if len(chunk) == math.prod(shape):
                 yield np.frombuffer(chunk, np.uint8).reshape(shape)

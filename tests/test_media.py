@@ -149,6 +149,18 @@ def test_a_stream_that_starts_late(files, tmp_path, talker_clips, kind):
     assert abs(sound_lag) <= SAMPLES_PER_FRAME and np.abs(clip.wave[:2500]).max() < 1e-2
 
 
+def test_time_stamps_that_pass_their_largest_number(files, tmp_path, talker_clips):
+    """MPEG's begin again at 0 after 26.5 hours; ffmpeg gives the pictures before that negative ones."""
+    ffmpeg("-i", files["mp4"], *"-c:v mpeg2video -q:v 2 -c:a mp2 -muxdelay 0 -output_ts_offset 95442.5".split(), tmp_path / "a.ts")
+    assert media.probe(tmp_path / "a.ts").start < -0.5
+    clip, original = read_clip(tmp_path / "a.ts"), talker_clips[0]
+    later = frame_lag(clip.frames, original.frames)
+    assert abs(len(clip.frames) - len(original.frames)) <= 2 and abs(later) <= 2
+    assert abs(later - lag(clip.wave, original.wave) / SAMPLES_PER_FRAME) < 1.5
+    moved = np.roll(clip.frames, -later, 0)[3:60].astype(int)
+    assert np.abs(moved - original.frames[3:60]).mean() < 4
+
+
 def test_time_stamps_that_run_away(tmp_path, monkeypatch):
     """After two seconds a time stamp is a day later. The file is refused, and no day of the same picture is decoded."""
     monkeypatch.setattr(media, "MAX_HOURS", 0.1)     # of the same picture at most, five by default
