@@ -26,10 +26,10 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # th
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_RATE = 10_000                                        # the most tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-JOINED = r"(?!\p{M})L+(?:['\u200c\u200d]L+)*"           # two joiners stand inside words of Persian and Hindi
+JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # of Hebrew, Persian, Catalan
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
 HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")  # soft hyphens, variants of letters and emoji
-PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´", "'"))
+PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´‛′՚׳", "'"))
 
 
 class ClipError(ValueError):
@@ -245,8 +245,8 @@ def drawn_clips(clips, size, seed, step):
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
     Hidden marks are dropped. NFC makes equal words equal. Training, WER and transcripts share this."""
-    text = unicodedata.normalize("NFC", HIDDEN.sub("", text)).lower()
-    return " ".join(WORD.findall(unicodedata.normalize("NFC", text).translate(PLAIN)))
+    text = unicodedata.normalize("NFC", HIDDEN.sub("", text)).translate(PLAIN)
+    return unicodedata.normalize("NFC", " ".join(WORD.findall(text)).lower())
 
 
 def load_tokenizer(folder):

@@ -21,6 +21,7 @@ from real.mouth import HINT, mouths
 
 MISSING = 0.05         # share of a damaged training clip that may be missing
 UNHEARD = 2 * FPS      # frames: where the sound is silent or over for so long, the lips show where speech is
+ADDED = 0.2            # seconds that a coder may add to a clip
 AWAY = "face is away for over a second"
 
 
@@ -41,6 +42,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     name = f"{source.path}{SPAN}{span[0]:g},{span[1]:g}" if span else str(source.path)
     end = n_pieces = 0  # end of the last piece, in frames
     unused = set()      # why a stream that is there is not used
+    hole = 0            # frames that lack everything, one after another
     if spans == []:
         unused |= {"sound is silent"} if source.has_sound else set()
         unused |= {"pictures do not move"} if selected.picture_size else set()
@@ -54,6 +56,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                     raise clip_error(source.path, f"its {AWAY}; {HINT}")
             lengths = [len(x) // size for x, size in ((wave, SAMPLES_PER_FRAME), (frames, 1)) if x is not None]
             end = start + (max(lengths, default=0) or MIN_FRAMES)
+            hole = max(hole, longest_hole(wave, frames))
             if end - start < MIN_FRAMES:
                 continue
             if wave is not None and np.abs(wave).max() < 1e-4:
@@ -64,7 +67,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 continue
             n_pieces += 1
             yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
-    check_read(source, longest, span, end, n_pieces, unused)
+    check_read(source, longest, span, end, hole, n_pieces, unused)
     if n_skipped > 10 * FPS:
         note(f"{shown(source.path)}: {n_skipped / FPS:.0f} s without speech are skipped")
 
@@ -77,17 +80,27 @@ def spans_to_read(source, selected, lips, longest, span):
         return [(round(span[0] * FPS), round(span[1] * FPS))], 0
     max_frames = round((longest or MAX_SECONDS + 1) * FPS)
     if longest:
-        active, level = speech_over_time(source, selected, lips, max_frames)
+        active, level, borders = speech_over_time(source, selected, lips, max_frames)
         if len(level) > max_frames:
-            spans = media.speech_spans(active, level, max_frames)
+            spans = media.speech_spans(active, level, max_frames, borders)
             return spans, len(level) - sum(end - start for start, end in spans)
     return ((start, start + max_frames) for start in count(0, max_frames)), 0
 
 
-def check_read(source, longest, span, end, n_pieces, unused):
+def longest_hole(wave, frames):
+    """The most frames in a row, not at an end, in which the sound is 0 and the picture that of the frame before."""
+    same = [] if wave is None else [~wave.reshape(-1, SAMPLES_PER_FRAME).any(1)]
+    if frames is not None:
+        same.append(np.append(False, (frames[1:] == frames[:-1]).all((1, 2))))
+    inner = np.trim_zeros(~np.all(same, axis=0)) if same else np.zeros(0, bool)
+    return max((len(run) for run in np.split(inner, np.flatnonzero(np.diff(inner)) + 1) if not run.all()), default=0)
+
+
+def check_read(source, longest, span, end, hole, n_pieces, unused):
     """Raises ClipError if what was read of a media.Source is not enough. Prints notes about what is not used.
 
-    longest, span: see `read_pieces`. end: the frame after the last piece. unused: why a stream is not used."""
+    longest, span: see `read_pieces`. end: the frame after the last piece. hole: see `longest_hole`.
+    unused: why a stream is not used."""
     if span and end < round(span[1] * FPS) - MISSING * (span[1] - span[0]) * FPS:
         raise clip_error(source.path, f"{source.seconds:.1f} s long, and its transcript has words at {span[1]:.1f} s")
     if not n_pieces and 0 < end < MIN_FRAMES:
@@ -95,8 +108,12 @@ def check_read(source, longest, span, end, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    if source.complaints and not longest and end < (1 - MISSING) * source.claimed * FPS:
-        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; "
+    is_sound = not source.picture_size and abs(source.start) < ADDED    # then the header's duration is that of the sound
+    if (source.complaints or is_sound) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
+        says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
+        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read{says}")
+    if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
+        raise clip_error(source.path, f"damaged: {hole / FPS:.1f} s in its middle cannot be read; "
                                       f"ffmpeg says: {source.complaints[0]}")
     if source.complaints:
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
@@ -105,7 +122,8 @@ def check_read(source, longest, span, end, n_pieces, unused):
 
 
 def speech_over_time(source, selected, lips, max_frames):
-    """A media.Source, and those of its streams that are read -> active (T,) bool and level (T,) dB of its frames.
+    """A media.Source, and those of its streams that are read -> active (T,) bool and level (T,) dB of its frames, and
+    the frames where sound begins or ends beside lips that go on.
 
     The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
     frames, and the source is longer than `max_frames`, the pictures of `lips()` show it."""
@@ -117,16 +135,18 @@ def speech_over_time(source, selected, lips, max_frames):
         level = np.zeros(0)
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)
-    active = np.pad(media.active_frames(level, media.SILENCE, rise=6), missing)
+    heard = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), rise=6)
+    active, borders = np.pad(heard, missing), []
     level = np.pad(level, missing, constant_values=-200)
     unheard = long_runs(level <= media.SILENCE, UNHEARD)
     if selected.picture_size and unheard.any() and n_frames > max_frames:
         with lips() as pictures:
             motion = media.motion(pictures)[:n_frames]
         unheard = unheard[:len(motion)]
-        active[:len(motion)] |= media.active_frames(motion, 0.5, rise=3) & unheard
+        active[:len(motion)] |= media.active_frames(motion, 0.5, motion[motion > 0.5], rise=3) & unheard
         level[:len(motion)][unheard] = motion[unheard] - 200
-    return active, level
+        borders = (np.flatnonzero(np.diff(unheard)) + 1).tolist()
+    return active, level, borders
 
 
 def limits(clips):
@@ -177,8 +197,13 @@ def read_clip(path, span=None, sound=None, **reading):
     if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     (_, clip), *more = read_pieces(source, None, span=span, **reading)
-    if more or clip.duration > MAX_SECONDS:
+    if more or clip.duration > MAX_SECONDS + ADDED:
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
+    if clip.duration > MAX_SECONDS:
+        wave, frames = clip.wave, clip.frames
+        clip = replace(clip, wave=wave if wave is None else wave[:MAX_SECONDS * SAMPLE_RATE],
+                       frames=frames if frames is None else frames[:MAX_SECONDS * FPS])
+        clip = with_log_power(clip, reading.get("n_mels", 80))
     return clip
 
 
@@ -193,6 +218,8 @@ def choose_task(name, streams, model, task=None):
     """`task`, if the model and the clip `name`, which has `streams`, have what it needs. Without a task: the one that
     uses all streams that both have. Raises ClipError."""
     common = tuple(stream for stream in model.encoders if stream in streams)
+    if others := [stream for stream in streams if stream not in common and task is None and common]:
+        note(f"{shown(name)}: its {others[0]} is not read, because the model reads {common[0]} only")
     if task is None and common:
         return next(task for task, needed in TASKS.items() if needed == common)
     if task is None or not set(TASKS[task]) <= set(common):
@@ -218,13 +245,15 @@ def parse_args(argv):
         parser.add_argument("--faces", action="store_true", help="look for the face in each clip too, which is slow")
         return parser.parse_args(argv)
     from toy.talker import SPLITS
-    parser.add_argument("--out", type=Path, default=Path("clips"), help="folder to write (default %(default)s)")
+    parser.add_argument("--out", default="clips", help="folder to write (default %(default)s)")
     parser.add_argument("--count", type=int, default=8, help="number of clips (default %(default)s)")
     parser.add_argument("--part", choices=SPLITS, default="train", help="the talkers' split (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
     args = parser.parse_args(argv, argparse.Namespace(command="write"))
     if args.seed < 0 or args.count < 1:
         parser.error("--seed must be 0 or more, and --count 1 or more")
+    if not args.out or Path(args.out).is_file():
+        parser.error(f"--out {shown(args.out)!r}: not a folder; name another one")
     return args
 
 
@@ -236,8 +265,10 @@ def main(argv=None):
     try:
         if args.command == "check":
             return check(args.folder, args.faces)
-        for path in write_talker_clips(args.out, args.count, args.part, args.seed):
+        for path in write_talker_clips(Path(args.out), args.count, args.part, args.seed):
             print(path)
+    except BrokenPipeError:                     # run_script ends quietly
+        raise
     except (ClipError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

@@ -147,4 +147,6 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
+        if os.path.isfile(path) and is_pointer(path):
+            error = "it is a Git LFS pointer; fetch the file with: git lfs pull"
         raise WeightsError(f"{path}: not readable as JSON: {error}") from None

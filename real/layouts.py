@@ -118,29 +118,40 @@ def named_split(name):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-def read_table(path, *names):
+def read_table(path, *names, quotes=csv.QUOTE_MINIMAL):
     """Yield (line number, {column: value}) of a table. Its header tells whether comma, semicolon or tab separates.
 
-    `names` are columns that it must have. Raises ClipError, which names the line."""
+    `names` are columns that it must have. Spreadsheets end lines with empty columns, which do not count.
+    Raises ClipError, which names the line."""
     text = read_text(path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True,
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quotes, strict=True,
                       skipinitialspace=separator != "\t")
     try:
-        columns = [name.strip().lower() for name in next(rows, [])]
+        columns = without_empty_end(map(str.lower, next(rows, [])))
         if missing := [name for name in names if name not in columns]:
             raise clip_error(path, f"no column {missing[0]!r} in its first line, expected {', '.join(names)}")
         if twice := [name for name, n in Counter(columns).items() if n > 1 and name]:
             raise clip_error(path, f"two columns {twice[0]!r}")
-        for row in rows:
+        for row in map(without_empty_end, rows):
             if len(row) > len(columns):
                 raise clip_error(path, f"line {rows.line_num} has {len(row)} columns, its header {len(columns)}: "
                                        f"a text with {separator!r} in it stands in \"quotes\"")
-            if any(map(str.strip, row)):
-                yield rows.line_num, dict(zip_longest(columns, map(str.strip, row), fillvalue=""))
+            if row:
+                yield rows.line_num, dict(zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
         raise clip_error(path, f"line {rows.line_num}: not a table: {error}") from None
+
+
+def in_lower_case(folder):
+    """{a name in the folder, in lower case: its path}."""
+    return {name.lower(): folder / name for name in os.listdir(folder)}
+
+
+def without_empty_end(cells):
+    """The cells of a line without blanks around them, and without those at the end that are empty."""
+    cells = list(map(str.strip, cells))
+    return cells[:next((n for n in range(len(cells), 0, -1) if cells[n - 1]), 0)]
 
 
 def manifest(folder):
@@ -154,10 +165,12 @@ def manifest(folder):
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
-        text, first = seen.setdefault(row["path"], (row["text"], line))
+        text, first = seen.setdefault(os.path.normpath(folder / row["path"]), (row["text"], line))
         if text != row["text"]:
             raise clip_error(path, f"line {line}: {row['path']!r} has another text on line {first}; "
                                    "cut the clip, or keep one line")
+        if "://" in row["path"]:
+            raise clip_error(path, f"line {line}: {row['path']!r} is an address, not a file; download it first")
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
@@ -169,32 +182,35 @@ def manifest(folder):
 
 def common_voice(folder):
     """The Entries of a language of Common Voice, None for another layout. Raises ClipError."""
-    tables = [folder / f"{name}.tsv" for name in ("train", "dev", "test")]
-    if not (folder / "clips").is_dir() or not tables[0].is_file():
+    inside = in_lower_case(folder)
+    tables = {name: inside[f"{name}.tsv"] for name in ("train", "dev", "test") if f"{name}.tsv" in inside}
+    if "clips" not in inside or not tables:
         return None
-    return [Entry(folder / "clips" / row["path"], row.get("client_id", ""), SPLITS[table.stem], text=row["sentence"])
-            for table in tables if table.is_file() for _, row in read_table(table, "path", "sentence")]
+    return [Entry(inside["clips"] / row["path"], row.get("client_id", ""), SPLITS[name], text=row["sentence"])
+            for name, table in tables.items() for _, row in read_table(table, "path", "sentence", quotes=csv.QUOTE_NONE)]
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 def lrs2(folder):
     """The Entries of LRS2's lists, None for another layout. Raises ClipError if a list is missing."""
-    if not (folder / "main").is_dir():
+    inside = in_lower_case(folder)
+    if "main" not in inside or not inside["main"].is_dir():
         return None
-    lists = [folder / f"{name}.txt" for name in ("train", "val", "test", "pretrain")]
+    lists = [inside.get(f"{name}.txt", folder / f"{name}.txt") for name in ("train", "val", "test", "pretrain")]
     missing = [path.name for path in lists[:3] if not path.is_file()]
-    if len(missing) == 3 and not (folder / "pretrain").is_dir():
+    if len(missing) == 3 and "pretrain" not in inside:
         return None
     if missing:
         raise clip_error(folder, f"a folder main/, as in LRS2, but no {', '.join(missing)}: copy LRS2's lists into it")
     listed = []
     for path in filter(Path.is_file, lists):
-        below = folder / ("pretrain" if path.stem == "pretrain" else "main")
+        split = path.stem.lower()
+        below = inside.get("pretrain" if split == "pretrain" else "main", folder / split)
         for words in map(str.split, read_text(path).splitlines()):
             if words:                          # a tag may follow the name
                 clip = below / f"{words[0]}.mp4"
-                listed += cut(Entry(clip, clip.parent.name, SPLITS[path.stem], source=clip.with_suffix(".txt")))
+                listed += cut(Entry(clip, clip.parent.name, SPLITS[split], source=clip.with_suffix(".txt")))
     return listed
 
 
@@ -309,16 +325,18 @@ def cut(entry):
         return [entry]
     _, _, table = source.read_text("utf-8", errors="replace").partition("WORD START END")
     try:
-        words = [(word, float(start), float(end)) for word, start, end, *_ in map(str.split, table.splitlines()[1:])]
+        rows = filter(None, map(str.split, table.splitlines()[1:]))
+        words = [(word, float(start), float(end)) for word, start, end, *_ in rows]
     except ValueError:
         return [entry]
     times = [0, *(time for _, start, end in words for time in (start, end))]
     in_order = all(earlier <= later for earlier, later in zip(times, times[1:]))    # which is false for nan
-    if not in_order or not MAX_SECONDS < times[-1] < math.inf:
+    if not in_order or not MAX_SECONDS - 5 < times[-1] < math.inf:      # the file may go on for some seconds
         return [entry]
     pieces = [[]]
     for word, start, end in words:
-        if pieces[-1] and end - pieces[-1][0][1] > CUT_SECONDS and words[-1][2] - start > 1:    # no leftover of a word
+        lasts = end - pieces[-1][0][1] if pieces[-1] else 0
+        if lasts > CUT_SECONDS and (words[-1][2] - start > 1 or lasts > MAX_SECONDS):    # no leftover of a word
             pieces.append([])
         pieces[-1].append((word, start, end))
     return [replace(entry, text=" ".join(word for word, _, _ in piece), span=(piece[0][1], piece[-1][2]))

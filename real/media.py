@@ -110,15 +110,18 @@ def probe(path):
     if sounds and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
         raise clip_error(path, "sound of an impossible sampling rate in it; is it damaged?")
     size = size and tuple(map(int, size.groups()))
-    if size and (aspect := re.search(r"[ \[]SAR (\d+):(\d+)", videos[shows[0]])):
-        size = round(size[0] * int(aspect[1]) / int(aspect[2])), size[1]
+    aspect = re.findall(r"[ \[]SAR (\d+):(\d+)", videos[shows[0]]) if size else []
+    wide, high = map(int, aspect[-1]) if aspect else (1, 1)     # of a pixel; the container's comes last, and holds
     if size and re.search(r"^ *display ?matrix: rotation of -?90", text, re.M | re.I):
-        size = size[::-1]
+        size, wide, high = size[::-1], high, wide
+    size = size and (round(size[0] * wide / high), size[1])     # as the filters do: turned, and then made wider
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
     seconds = claimed = seconds_of(duration)
-    if not 0 < claimed <= MAX_SECONDS:
-        seconds = packed_seconds(path) or claimed
+    if "Estimating duration from bitrate" in text:
+        claimed = 0.                                        # a guess, no claim
+    if not 0 < seconds <= MAX_SECONDS:
+        seconds = packed_seconds(path) or seconds
     source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
     return choose_sound(source, sounds)
 
@@ -309,26 +312,25 @@ def motion(frames):
     return np.array(level[1:2] + level[1:])  # the first picture has none before it
 
 
-def active_frames(level, silence, rise):
+def active_frames(level, silence, quiet, rise):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
-    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of what is not silence.
-    So a quiet voice beside a loud one counts. What varies by less than `rise` within a second is a noise that began
+    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of `quiet`. So a quiet
+    voice beside a loud one counts. What varies by less than `rise` within a second is a noise that began
     later. If nothing else is left, all that is not silence is active."""
-    heard = level[level > silence]
-    if not len(heard):
+    if not (level > silence).any():
         return np.zeros(len(level), bool)
-    threshold = np.percentile(heard, 10) + rise
+    threshold = np.percentile(quiet, 10) + rise
     seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
     steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
     active = (level > threshold) & ~steady
     return active if active.any() else level > silence
 
 
-def speech_spans(active, level, longest):
+def speech_spans(active, level, longest, borders=()):
     """-> [(start, end)]: spans of frames with speech, none longer than `longest`. active (T,) bool, level (T,) in dB.
 
-    Between them are pauses of more than PAUSE frames, quieter than speech but not necessarily silent. A span that is
+    No span goes over one of `borders`, which are frames. Between them are pauses of more than PAUSE frames, quieter than speech but not necessarily silent. A span that is
     too long is cut at the quietest frame in the second half of what may stay together."""
     active = np.flatnonzero(active)
     if not len(active):
@@ -340,13 +342,15 @@ def speech_spans(active, level, longest):
     for start, end in zip(starts.tolist(), ends.tolist()):
         if end - start < MIN_FRAMES // 2:      # a click is no word
             continue
-        start, end = max(0, start - MARGIN), min(len(level), end + MARGIN)
-        while end - start > longest:
-            half, last = start + longest // 2, min(start + longest, end - longest // 4)
-            cut = half + int(smooth[half:last].argmin())
-            spans.append((start, cut))
-            start = cut
-        spans.append((start, end))
+        start, last = max(0, start - MARGIN), min(len(level), end + MARGIN)
+        for end in (*(border for border in borders if start < border < last), last):
+            while end - start > longest:
+                half, latest = start + longest // 2, min(start + longest, end - longest // 4)
+                cut = half + int(smooth[half:latest].argmin())
+                spans.append((start, cut))
+                start = cut
+            spans.append((start, end))
+            start = end
     return spans
 
 
@@ -366,7 +370,7 @@ def write_mp4(path, frames, wave):
         sound = f"-f s16le -ar {SAMPLE_RATE} -ac 1 -i".split()
         raw = f"-f rawvideo -pix_fmt gray -s {width}x{height} -r {FPS} -i pipe:0".split()
         coded = "-c:v libx264 -crf 12 -pix_fmt yuv420p -c:a aac -b:a 96k".split()
-        command = [ffmpeg(), "-v", "error", *sound, f"file:{scratch}/sound", *raw, *coded, f"{scratch}/clip.mp4"]
+        command = [ffmpeg(), "-v", "error", *sound, f"file:{scratch}/sound", *raw, *coded, f"file:{scratch}/clip.mp4"]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
             raise clip_error(path, f"not written; ffmpeg says: {first_words(done.stderr)}")

@@ -89,6 +89,8 @@ def parse_sample_options(argv, description):
     args = parser.parse_args(argv)
     if len(args.clips) != 1 and (args.srt or args.show_crop):
         parser.error("--srt and --show-crop are for one clip")
+    if "" in (args.srt, args.show_crop):
+        parser.error("--srt and --show-crop need the name of a file")
     if args.srt and args.rate == "all":
         parser.error("--srt is for one rate, not for --rate all")
     return args

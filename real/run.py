@@ -189,6 +189,10 @@ def own_folder(folder):
         return
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
+    wrong = [path for path in Path(folder).glob("*.*") if path.suffix in (".json", ".safetensors", ".csv") and path.is_dir()]
+    wrong += [path for path in Path(folder).glob("samples") if not path.is_dir()]
+    if wrong:
+        raise CheckpointError(f"{wrong[0]}: stands where training writes; move it, or name another --out")
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""

@@ -1,12 +1,14 @@
 """Tokenizers of real LLMs: byte-level BPE from an HF folder, as tiktoken Encodings."""
 import base64
+import re
 from pathlib import Path
 
 import regex
 import tiktoken
 
+from data import normalize
 from real.files import WeightsError, read_json
-from real.weights import refusing
+from real.weights import refuse_pointer, refusing
 from toy.tokenizer import make_tokenizer
 
 # Regular expressions that cut text into words before BPE merges the bytes of each word.
@@ -19,14 +21,17 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after t
 class BPE(tiktoken.Encoding):
     """A tiktoken Encoding that encodes and decodes as HF's tokenizers do.
 
-    Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one. `encode`
-    reads special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those
+    Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one. Before, it
+    is cut at special tokens that are words or letters. `encode` reads other special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those
     get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than its
     tokenizer."""
 
     def __init__(self, name, patterns, ranks, special):
         """patterns: regular expressions; ranks {token bytes: id}, in the order of the merges; special {token: id}."""
         self.patterns = [regex.compile(pattern) for pattern in patterns]
+        self.added = {token: i for token, i in special.items() if is_text(token)}
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.added_pattern = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")      # (?!): nothing
         self.token_ids = {*ranks.values(), *special.values()}
         self.size = max(self.token_ids) + 1
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -34,6 +39,13 @@ class BPE(tiktoken.Encoding):
         super().__init__(name, pat_str=r"(?s).+", special_tokens=special, mergeable_ranks=ranks | extra)
 
     def encode(self, text):
+        ids = []
+        for part in isolated(self.added_pattern, text):
+            ids += [self.added[part]] if part in self.added else self.encode_words(part)
+        return ids
+
+    def encode_words(self, text):
+        """The ids of a text without tokens of `added`."""
         pieces = [text]
         for pattern in self.patterns:
             pieces = [part for piece in pieces for part in isolated(pattern, piece)]
@@ -42,6 +54,11 @@ class BPE(tiktoken.Encoding):
 
     def decode(self, ids):
         return super().decode([i for i in ids if i in self.token_ids])
+
+
+def is_text(token):
+    """Whether a token can stand in a text as data.normalize leaves it."""
+    return normalize(token) == token.strip() != ""
 
 
 def isolated(pattern, text):
@@ -68,25 +85,31 @@ def read_tokenizer(folder):
         return make_tokenizer(file["words"])
     model, steps = file.get("model", {}), flat(file.get("pre_tokenizer"), "pretokenizers")
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
-    normalizers = flat(file.get("normalizer"), "normalizers")
-    if model.get("type") != "BPE" or model.get("byte_fallback") or normalizers or not byte_level:
+    others = [step["type"] for step in flat(file.get("normalizer"), "normalizers") if step["type"] != "NFC"]
+    if model.get("type") == "BPE" and byte_level and others:
+        raise WeightsError(f"{path}: its normalizer {others[0]} is not supported")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or others or not byte_level:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
-    if steps[-1] is not byte_level[-1]:
+    if steps[-1] is not byte_level[0]:
         raise WeightsError(f"{path}: its pre_tokenizer has a step after ByteLevel, which is not supported: {steps[-1]['type']}")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise WeightsError(f"{path}: its model has a {name}, {model[name]!r}, which is not supported")
     patterns = [word_pattern(step, path) for step in steps]
     vocab, byte_of = model["vocab"], bytes_of_letters()
-    special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    added = file.get("added_tokens", [])
+    special = {token["content"]: token["id"] for token in added}
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocab.items() if token not in special}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged_ids = [vocab["".join(pair)] for pair in merges]
     whole = {i for token, i in vocab.items() if len(token) > 1 and token not in special} - set(merged_ids)
-    words = [token for token in special if token.replace(" ", "").isalnum() and len(token) > 1]
-    if words or whole and not model.get("ignore_merges"):
-        example = words[0] if words else next(token for token, i in vocab.items() if i in whole)
+    for token in added:
+        if is_text(token["content"]) and any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            raise WeightsError(f"{path}: its added token {token['content']!r} takes blanks away, or stands for whole words "
+                               "only, which is not supported")
+    if whole and not model.get("ignore_merges"):
+        example = next(token for token, i in vocab.items() if i in whole)
         raise WeightsError(f"{path}: its token {example!r} is made by no merge, which is not supported")
     if len(set(vocab.values())) < len(vocab):
         raise WeightsError(f"{path}: two of its tokens have one id")
@@ -101,6 +124,7 @@ def read_ranks(folder):
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise WeightsError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
+    refuse_pointer(path)
     try:
         lines = map(bytes.split, path.read_bytes().splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -125,7 +149,10 @@ def word_pattern(step, path):
     if kind == "Digits":
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+        pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+        if not re.search(r"&&|\\h", pattern):                # HF's expressions mean something else by these
+            return pattern
+        step = step | {"behavior": pattern}
     facts = {key: value for key, value in step.items() if key in ("type", "behavior", "invert", "add_prefix_space")}
     raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {facts}")
 

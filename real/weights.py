@@ -113,6 +113,8 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
 
     file_name(our name) is the tensor's name in the file at `path`. Tensors that the module has no place for must match
     the regular expression `unused`. Raises WeightsError."""
+    if config.n_layers > len(tensors):
+        raise WeightsError(f"{path}: {config.n_layers:,} layers by its config.json, and {len(tensors):,} tensors")
     with torch.device("meta"):
         module = cls(config)
     weights = {}
@@ -383,6 +385,7 @@ def read_pickle(path):
     """The content of a torch file, on the CPU. Objects other than tensors and plain data are `Inert`."""
     inert = SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
                             load=lambda file, **options: InertUnpickler(file, **options).load())
+    refuse_pointer(Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
     except Exception as error:  # a damaged pickle can raise any error

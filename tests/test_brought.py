@@ -645,3 +645,113 @@ def test_a_lock_that_is_none_is_taken_over(tmp_path, owner):
     (tmp_path / ".lock").write_bytes(owner)
     with own_folder(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+# --- found by later hunts ---
+
+def test_silence_between_a_loud_and_a_quiet_voice(tmp_path, talker_clips):
+    loud, quiet = (clip.wave / np.abs(clip.wave).max() for clip in talker_clips[:2])
+    gap = np.zeros(16000 * 5)
+    wave = np.concatenate([quiet * 10 ** (-36 / 20), gap, loud, gap, loud, gap])
+    soundfile.write(tmp_path / "a.wav", .5 * wave, 16000, "FLOAT")
+    start, clip = pieces(tmp_path / "a.wav")[0]
+    assert start < 0.3 and clip.duration > len(quiet) / 16000 - 0.3      # one piece, not several words
+
+
+def test_no_piece_goes_over_the_end_of_the_sound(tmp_path, talker_clips):
+    """The lips of all clips, without a pause; the sound ends after the second clip."""
+    frames = np.concatenate([clip.frames for clip in talker_clips])
+    sound = np.concatenate([clip.wave for clip in talker_clips[:2]])
+    write_mp4(tmp_path / "a.mp4", frames, np.pad(sound, (0, len(frames) * 640 - len(sound))))
+    found = pieces(tmp_path / "a.mp4")
+    end = len(sound) / 16000
+    assert all("audio" in clip.streams for start, clip in found if start < end - 0.5)
+    assert all(clip.streams == ("video",) for start, clip in found if start > end + 0.5)
+    assert any(abs(start - end) < 0.5 for start, _ in found)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "aiff", "flac"])
+def test_sound_that_lacks_its_end_is_refused(tmp_path, voice, kind):
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    ffmpeg("-i", tmp_path / "a.wav", tmp_path / f"a.{kind}")
+    assert read_clip(tmp_path / f"a.{kind}").duration > len(voice) / 16000 - 0.1
+    whole = (tmp_path / f"a.{kind}").read_bytes()
+    (tmp_path / f"b.{kind}").write_bytes(whole[:len(whole) * 6 // 10])
+    with pytest.raises(ClipError, match="damaged: "):
+        read_clip(tmp_path / f"b.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["mpg", "ts", "flac"])
+def test_a_clip_without_its_middle_is_refused(tmp_path, talker_clips, kind):
+    path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
+    ffmpeg("-i", path, *("-c:v", "mpeg2video", "-q:v", 2, "-c:a", "mp2") if kind != "flac" else ("-vn",), tmp_path / f"a.{kind}")
+    whole = (tmp_path / f"a.{kind}").read_bytes()
+    read_clip(tmp_path / f"a.{kind}")
+    first, last = len(whole) * 3 // 10, len(whole) * 8 // 10
+    (tmp_path / f"b.{kind}").write_bytes(whole[:first] + bytes(last - first) + whole[last:])
+    with pytest.raises(ClipError, match="damaged: "):
+        read_clip(tmp_path / f"b.{kind}")
+
+
+def test_the_shape_of_pixels_and_rotation(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=640x480:duration=0.4:rate=25", "-c:v", "libx264", tmp_path / "a.mp4")
+    ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", "-aspect", "16:9", tmp_path / "wide.mp4")
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=576x720:duration=0.4:rate=25", "-vf", "setsar=45/64", "-c:v", "libx264", tmp_path / "b.mp4")
+    ffmpeg("-display_rotation", -90, "-i", tmp_path / "b.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    for name, size in (("wide.mp4", (853, 480)), ("turned.mp4", (1024, 576))):
+        source = media.probe(tmp_path / name)
+        width, height = source.picture_size
+        assert source.picture_size == size
+        assert len(list(media.picture_frames(source, "null", (height, width)))) == 10     # the size that is decoded
+
+
+@pytest.mark.parametrize("name", ["run:1", "2026-11-27T01:15", "-x"])
+def test_folders_with_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert clips.main([f"--out={name}", "--count", "1"]) == 0 and len(list(Path(name).glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize("out", ["", "a.txt"])
+def test_data_py_wants_a_folder(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
+    with pytest.raises(SystemExit):
+        clips.main([f"--out={out}", "--count", "1"])
+    assert "not a folder" in capsys.readouterr().err and os.listdir() == ["a.txt"]
+
+
+def test_a_closed_pipe_ends_data_py(tmp_path):
+    done = subprocess.run(f"{sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 30 | head -1", shell=True, capture_output=True,
+                          text=True)
+    assert "pipe" not in done.stderr and "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_terminal(tmp_path, voice, closed):
+    saved(tmp_path / "out")
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    code = f"{sys.executable} {ROOT}/sample.py {tmp_path}/a.wav --ckpt {tmp_path}/out --task asr {closed}>&-"
+    done = subprocess.run(code, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and done.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["samples", "config.json", "state.safetensors"])
+def test_what_stands_in_the_way_is_said_at_once(tmp_path, name):
+    (tmp_path / name).touch() if name == "samples" else (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name}: stands where training writes"), own_folder(tmp_path):
+        pass
+
+
+def test_a_model_of_sound_says_that_lips_are_not_read(tmp_path, capsys):
+    model = tiny_avsr()
+    del model.encoders["video"]
+    assert clips.choose_task("a.mp4", ("audio", "video"), model) == "asr"
+    assert "a.mp4: its video is not read, because the model reads audio only" in capsys.readouterr().err
+
+
+def test_a_clip_of_exactly_30_s(tmp_path, talker_clips):
+    wave = np.concatenate([clip.wave for clip in talker_clips * 3])[:30 * 16000]
+    soundfile.write(tmp_path / "a.wav", wave, 16000)
+    for kind in ("mp2", "aac"):
+        ffmpeg("-i", tmp_path / "a.wav", tmp_path / f"a.{kind}")
+        assert read_clip(tmp_path / f"a.{kind}").duration == 30

@@ -206,6 +206,8 @@ def test_normalize():
         assert data.normalize(text) == text
     assert data.normalize("cafe\u0301") == data.normalize("CAFÉ") == "café"
     assert data.normalize("İstanbul") == data.normalize("I\u0307stanbul") and " " not in data.normalize("İstanbul")
+    assert data.normalize("ג׳ורג׳ צה״ל o′clock COL·LECCIÓ 威廉·莎士比亚") == "ג'ורג צה״ל o'clock col·lecció 威廉 莎士比亚"
+    assert data.normalize("ΛΌΓΟΣ.ΑΛΛΑ") == "λόγος αλλα"
     assert data.normalize("co\u00adop") == "coop" and data.normalize("e\u00ad\u0301") == "é"
     assert data.normalize("I ❤️ you 👨‍👩‍👧, 1️⃣ of you") == "i you 1 of you" and data.normalize("❤️") == ""
     assert data.normalize("می\u200c x") == data.normalize("می x") and data.normalize("葛\U000e0100") == "葛"

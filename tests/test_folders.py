@@ -9,7 +9,7 @@ from conftest import ffmpeg
 from data import TASKS, ClipError, task_streams
 from real import clips, media
 from real.folders import entries, folder_clips, read_entry
-from real.layouts import Entry, named_split, transcript
+from real.layouts import Entry, named_split, recognise, transcript
 
 
 def test_transcripts(tmp_path):
@@ -544,3 +544,35 @@ def test_the_talker_with_most_clips_trains(tmp_path, small):
         for i in range(1 if talker == small else 4):
             write_tone(tmp_path / f"{talker}/{i}.wav", f"{talker} says {i}")
     assert {clip.name.split("/")[-2] for clip in folder_clips(tmp_path)["test"]} == {small}
+
+
+def test_a_text_in_quotes_may_have_several_lines(tmp_path):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "manifest.tsv", 'path\ttext\t\na.wav\t"hello\nyou"\n')
+    entry, = recognise(tmp_path)[1]
+    assert entry.text == "hello\nyou"
+
+
+def test_common_voice_and_lrs2_in_any_spelling(tmp_path):
+    write_tone(tmp_path / "cv/clips/a.wav", "")
+    write(tmp_path / "cv/Test.tsv", 'client_id\tpath\tsentence\nx\ta.wav\tthe "word\n')
+    name, (entry,), _ = recognise(tmp_path / "cv")
+    assert (name, entry.split, entry.text) == ("Common Voice", "test", 'the "word')
+    for split in ("Train", "Val", "Test"):
+        write(tmp_path / f"lrs2/{split}.txt", f"5535/{split}\n")
+        write(tmp_path / f"lrs2/Main/5535/{split}.mp4", "")
+        write(tmp_path / f"lrs2/Main/5535/{split}.txt", "Text: one")
+    name, listed, _ = recognise(tmp_path / "lrs2")
+    assert (name, [entry.split for entry in listed]) == ("LRS2", ["train", "valid", "test"])
+    assert all(entry.path.exists() for entry in listed)
+
+
+@pytest.mark.parametrize("times, pieces", [
+    ([(1, 2), (66, 67)], ["A0", "A1"]), ([(i, i + 1) for i in range(29)], [" ".join(f"A{i}" for i in range(20)), None]),
+    ([(i, i + 1) for i in range(24)], [None])])
+def test_where_clips_with_word_times_are_cut(tmp_path, times, pieces):
+    table = "\n".join(f"A{i} {start} {end} 9.9" for i, (start, end) in enumerate(times))
+    write(tmp_path / "pretrain/ann/a.txt", f"Text: all\n\nWORD START END ASDSCORE\n{table}\n\n")
+    write_tone(tmp_path / "pretrain/ann/a.wav", None)
+    texts = [entry.text for entry in recognise(tmp_path)[1]]
+    assert len(texts) == len(pieces) and all(text == piece for text, piece in zip(texts, pieces) if piece)

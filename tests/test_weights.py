@@ -427,6 +427,19 @@ def test_tokenizers_give_the_ids_of_hf(tmp_path, kind, alphabet):
     assert ours.encode_single_token("<|eos|>") == 1 and 1 not in ours.encode("<|eos|>")  # text is text
 
 
+def test_added_tokens_that_are_words_or_letters(tmp_path):
+    """DeepSeek-Coder's tokenizer has letters like ü among its added tokens."""
+    from tokenizers.normalizers import NFC
+    theirs = train_bpe(tmp_path, PRE_TOKENIZERS["GPT-2"])
+    theirs.add_tokens(["ß", "st", "straße", "don't", "हिन्दी", "7", "<|eot|>"])
+    theirs.normalizer = NFC()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = data.load_tokenizer(tmp_path)
+    for text in (" die straße", " weißt du", "i don't", " हिन्दी भाषा", " 17", *map(data.normalize, LINES)):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == text
+
+
 def test_rank_file_of_llama_3(tmp_path):
     ranks = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the"]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
@@ -468,8 +481,18 @@ def test_quantised_weights_and_pointers_are_named(tmp_path):
     with pytest.raises(WeightsError, match="quantised by bitsandbytes"):
         Llama.from_pretrained(tmp_path)
     change_config(tmp_path, lambda config: config.pop("quantization_config"))
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(WeightsError, match="git lfs pull"):
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer.json", "config.json", "large.pt"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        load = {"large.pt": lambda: VideoEncoder.from_pretrained(tmp_path / name)}.get(name, lambda: (
+            data.load_tokenizer(tmp_path) if "tokenizer" in name else Llama.from_pretrained(tmp_path)))
+        with pytest.raises(WeightsError, match="git lfs pull"):
+            load()
+
+
+def test_more_layers_than_tensors(tmp_path):
+    random_llama(tmp_path)
+    change_config(tmp_path, lambda config: config.update(num_hidden_layers=10**6))
+    with pytest.raises(WeightsError, match="1,000,000 layers by its config.json"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -477,9 +500,11 @@ def test_quantised_weights_and_pointers_are_named(tmp_path):
     (lambda file: file["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
     (lambda file: file["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix"),
     (lambda file: file["model"]["merges"].pop(5), "made by no merge"),
-    (lambda file: file["added_tokens"].append({"content": "hello", "id": 9999, "special": False}), "made by no merge"),
+    (lambda file: file["added_tokens"].append({"content": "hello", "id": 9999, "single_word": True}), "'hello' takes"),
     (lambda file: file.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         file["pre_tokenizer"], {"type": "Digits", "individual_digits": True}]}), "after ByteLevel"),
+    (lambda file: file.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [file["pre_tokenizer"]] * 2}), "after ByteLevel"),
+    (lambda file: file.update(normalizer={"type": "Lowercase"}), "its normalizer Lowercase"),
     (lambda file: file["model"]["vocab"].update({"a": file["model"]["vocab"]["b"]}), "one id"),
     (lambda file: file["model"].pop("merges"), "KeyError"),
     (lambda file: file["model"].update(vocab=[1]), "damaged, or of a kind"),
