@@ -108,7 +108,7 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    is_sound = not source.picture_size and abs(source.start) < ADDED    # then the header's duration is that of the sound
+    is_sound = not source.picture_size and abs(source.start) < ADDED     # then the header tells how long the sound is
     if (source.complaints or is_sound) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
         says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read{says}")

@@ -187,7 +187,8 @@ def common_voice(folder):
     if "clips" not in inside or not tables:
         return None
     return [Entry(inside["clips"] / row["path"], row.get("client_id", ""), SPLITS[name], text=row["sentence"])
-            for name, table in tables.items() for _, row in read_table(table, "path", "sentence", quotes=csv.QUOTE_NONE)]
+            for name, table in tables.items()
+            for _, row in read_table(table, "path", "sentence", quotes=csv.QUOTE_NONE)]
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def probe(path):
     if size and re.search(r"^ *display ?matrix: rotation of -?90", text, re.M | re.I):
         size, wide, high = size[::-1], high, wide
     size = size and (round(size[0] * wide / high), size[1])     # as the filters do: turned, and then made wider
+    note_if_joined(path, text, streams)
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
     seconds = claimed = seconds_of(duration)
@@ -124,6 +125,16 @@ def probe(path):
         seconds = packed_seconds(path) or seconds
     source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
     return choose_sound(source, sounds)
+
+
+def note_if_joined(path, text, streams):
+    """Print a note if a file is much larger than its streams: ffmpeg stops where the first file's header ends.
+
+    text: what ffmpeg says of the file; streams: its lines about streams."""
+    rates, total = re.findall(r" (\d+) kb/s", "".join(streams)), re.search(r"^  Duration: .*bitrate: (\d+)", text, re.M)
+    has_index = re.search(r"^Input #0, (wav|aiff|mov)", text, re.M) and "(attached pic)" not in text
+    if has_index and total and len(rates) == len(streams) and int(total[1]) > 1.5 * sum(map(int, rates)):
+        note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
 
 
 def default_first(tracks):
@@ -330,8 +341,9 @@ def active_frames(level, silence, quiet, rise):
 def speech_spans(active, level, longest, borders=()):
     """-> [(start, end)]: spans of frames with speech, none longer than `longest`. active (T,) bool, level (T,) in dB.
 
-    No span goes over one of `borders`, which are frames. Between them are pauses of more than PAUSE frames, quieter than speech but not necessarily silent. A span that is
-    too long is cut at the quietest frame in the second half of what may stay together."""
+    No span goes over one of `borders`, which are frames. Between them are pauses of more than PAUSE frames, quieter
+    than speech but not necessarily silent. A span that is too long is cut at the quietest frame in the second half
+    of what may stay together."""
     active = np.flatnonzero(active)
     if not len(active):
         return []

@@ -189,7 +189,8 @@ def own_folder(folder):
         return
     if Path(folder).exists() and not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
-    wrong = [path for path in Path(folder).glob("*.*") if path.suffix in (".json", ".safetensors", ".csv") and path.is_dir()]
+    written = [path for kind in ("json", "safetensors", "csv") for path in Path(folder).glob(f"*.{kind}")]
+    wrong = [path for path in written if path.is_dir()]
     wrong += [path for path in Path(folder).glob("samples") if not path.is_dir()]
     if wrong:
         raise CheckpointError(f"{wrong[0]}: stands where training writes; move it, or name another --out")

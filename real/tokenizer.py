@@ -21,10 +21,10 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after t
 class BPE(tiktoken.Encoding):
     """A tiktoken Encoding that encodes and decodes as HF's tokenizers do.
 
-    Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one. Before, it
-    is cut at special tokens that are words or letters. `encode` reads other special tokens as plain text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those
-    get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than its
-    tokenizer."""
+    Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one.
+    Before, it is cut at special tokens that are words or letters. `encode` reads other special tokens as plain
+    text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those get ids past the
+    vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than its tokenizer."""
 
     def __init__(self, name, patterns, ranks, special):
         """patterns: regular expressions; ranks {token bytes: id}, in the order of the merges; special {token: id}."""
@@ -106,8 +106,8 @@ def read_tokenizer(folder):
     whole = {i for token, i in vocab.items() if len(token) > 1 and token not in special} - set(merged_ids)
     for token in added:
         if is_text(token["content"]) and any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise WeightsError(f"{path}: its added token {token['content']!r} takes blanks away, or stands for whole words "
-                               "only, which is not supported")
+            raise WeightsError(f"{path}: its added token {token['content']!r} takes blanks away, or stands for whole "
+                               "words only, which is not supported")
     if whole and not model.get("ignore_merges"):
         example = next(token for token, i in vocab.items() if i in whole)
         raise WeightsError(f"{path}: its token {example!r} is made by no merge, which is not supported")

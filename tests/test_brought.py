@@ -755,3 +755,14 @@ def test_a_clip_of_exactly_30_s(tmp_path, talker_clips):
     for kind in ("mp2", "aac"):
         ffmpeg("-i", tmp_path / "a.wav", tmp_path / f"a.{kind}")
         assert read_clip(tmp_path / f"a.{kind}").duration == 30
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp4", "aiff", "mov"])
+def test_joined_files_that_are_not_read_to_their_end_are_said(tmp_path, talker_clips, capsys, kind):
+    path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
+    ffmpeg("-i", path, *(("-vn",) if kind in ("wav", "aiff") else ("-c", "copy")), tmp_path / f"b.{kind}")
+    media.probe(tmp_path / f"b.{kind}")
+    assert capsys.readouterr().err == ""
+    (tmp_path / f"c.{kind}").write_bytes((tmp_path / f"b.{kind}").read_bytes() * 2)
+    media.probe(tmp_path / f"c.{kind}")
+    assert "is it several files joined?" in capsys.readouterr().err

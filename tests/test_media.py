@@ -196,7 +196,7 @@ def test_the_last_samples_are_filled_up_with_silence():
 
 
 def spans_of(level, longest):
-    return media.speech_spans(media.active_frames(level, media.SILENCE, 6), level, longest)
+    return media.speech_spans(media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), 6), level, longest)
 
 
 def test_speech_spans():
@@ -224,7 +224,7 @@ def test_a_long_clip_is_cut_at_its_pauses(tmp_path, talker_clips):
         assert len(pieces) == 5 and all(clip.streams == streams for _, clip in pieces)
         start = 0
         for (at, clip), original in zip(pieces, talker_clips):
-            assert start - .05 <= at < start + 0.6 and at + clip.duration <= start + original.duration + 0.6
+            assert start - media.MARGIN / media.FPS - .05 <= at < start + 0.6 and at + clip.duration <= start + original.duration + 0.6
             start += original.duration + 1
     ffmpeg("-i", tmp_path / "long.mp4", "-an", "-c", "copy", tmp_path / "mute.mp4")
     pieces = list(read_pieces(media.probe(tmp_path / "mute.mp4"), longest))
