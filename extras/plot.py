@@ -182,7 +182,7 @@ def tables(rows):
         "ideas": by_condition(chosen(rows, data="synthetic", split="valid"), "2,4,8", ideas, heard),
         "an4": by_condition(
             chosen(tested, data="an4"), "4,8,16",
-            few | {f"MoME, {variant}": ("mome", variant) for variant in ("beam 5", "2,200 steps")}, clean),
+            few | {f"MoME, {variant}": ("mome", variant) for variant in ("beam 5", "2,200 steps", "5 copies")}, clean),
         "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", opened, clean),
         "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
 
