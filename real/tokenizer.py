@@ -6,7 +6,6 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from data import normalize
 from real.files import WeightsError, read_json
 from real.weights import refuse_pointer, refusing
 from toy.tokenizer import make_tokenizer
@@ -57,8 +56,8 @@ class BPE(tiktoken.Encoding):
 
 
 def is_text(token):
-    """Whether a token can stand in a text as data.normalize leaves it."""
-    return normalize(token) == token.strip() != ""
+    """Whether a token can stand in a text as data.normalize leaves it: letters, marks, digits, apostrophes and blanks."""
+    return bool(regex.fullmatch(r"(?=.*[\p{L}\p{N}])[\p{L}\p{M}\p{N}' ]+", token))
 
 
 def isolated(pattern, text):
