@@ -49,7 +49,7 @@ class BiasedMoME(MoME):
     `balance_loss` moves the bias of an expert against its load and leaves the router alone."""
 
     def route(self, x):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             probs = F.linear(x.float(), self.router.weight.float()).softmax(-1)
         chosen = (probs + self.bias).topk(self.top_k, dim=-1).indices     # (N, K)
         self.routed = probs, chosen         # in the test, two threads decode at once: it is not read here

@@ -76,6 +76,7 @@ def test_threads_may_route_at_once(tiny):
     with torch.no_grad(), ThreadPoolExecutor(2) as pool:
         for x, (gates, _) in zip(batches, pool.map(mome.route, batches)):
             assert len(gates) == len(x)
+    assert mome.to("meta").route(torch.empty(7, 32, device="meta"))[1].shape == (7, 3)      # as extras/cost.py does
 
 
 def test_an_idea_is_a_method(tiny):
