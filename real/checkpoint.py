@@ -90,9 +90,10 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
 
 def check_together(folder, config):
     """Raises CheckpointError if the files of a checkpoint are not of one run, or if its sizes are beyond reason."""
-    if "model" in config and config.get("format", 1) != FORMAT:
-        age = "an older" if config.get("format", 1) < FORMAT else "a newer"
-        raise CheckpointError(f"{folder}: made by {age} version; train it again: python train.py --out {folder}")
+    if "model" in config and config.get("format", 1) < FORMAT:
+        raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
+    if config.get("format", 1) > FORMAT:
+        raise CheckpointError(f"{folder}: made by a newer version of this program; update the program")
     for name, digest in config["files"].items():
         path = Path(folder, name)
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:

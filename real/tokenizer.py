@@ -1,6 +1,5 @@
 """Tokenizers of real LLMs: byte-level BPE from an HF folder, as tiktoken Encodings."""
 import base64
-import re
 from pathlib import Path
 
 import regex
@@ -149,10 +148,10 @@ def word_pattern(step, path):
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-        if not re.search(r"&&|\\h", pattern):                # HF's expressions mean something else by these
+        if not regex.search(r"&&|\\h", pattern):             # in HF's expressions these have another meaning
             return pattern
-        step = step | {"behavior": pattern}
-    facts = {key: value for key, value in step.items() if key in ("type", "behavior", "invert", "add_prefix_space")}
+    shown = "type", "behavior", "invert", "add_prefix_space", "pattern"
+    facts = {key: value for key, value in step.items() if key in shown}
     raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {facts}")
 
 

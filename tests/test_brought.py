@@ -300,6 +300,13 @@ def test_a_checkpoint_beyond_reason_is_refused_at_once(tmp_path, change):
     assert time.process_time() - since < 5
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    path = saved(tmp_path / "a") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="made by a newer version"):
+        load_model(tmp_path / "a")
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path):
     saved(tmp_path / "a")
     (tmp_path / "a/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -647,7 +654,7 @@ def test_a_lock_that_is_none_is_taken_over(tmp_path, owner):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
-# --- found by later hunts ---
+# --- more of the same kinds ---
 
 def test_silence_between_a_loud_and_a_quiet_voice(tmp_path, talker_clips):
     loud, quiet = (clip.wave / np.abs(clip.wave).max() for clip in talker_clips[:2])

@@ -460,6 +460,7 @@ def test_tokenizers_that_are_not_supported_are_named(tmp_path):
         data.load_tokenizer(tmp_path)
     for step in ({"type": "Split", "pattern": {"Regex": " "}, "behavior": "MergedWithNext", "invert": False},
                  {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Isolated", "invert": True},
+                 {"type": "Split", "pattern": {"Regex": r"[a-z&&[^b]]"}, "behavior": "Isolated", "invert": False},
                  {"type": "Metaspace"}):
         steps = {"type": "Sequence", "pretokenizers": [step, {"type": "ByteLevel", "add_prefix_space": False}]}
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}, "pre_tokenizer": steps}))
