@@ -163,7 +163,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         parts = [(share, [transcripts[row] for row in rows], x) for (share, rows), x in zip(parts, encoded)]
         return task, chosen, rate_sets, parts
 
-    first = run.begin(trained, optimizer, steps)
+    first = run.begin(trained, optimizer)
     recent = run.kept["recent"]                             # losses since the last check
     batches = prefetched(batch_of, first, steps)
     progress = tqdm(batches, f"stage 3, {config.method}", steps, initial=first)

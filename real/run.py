@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -31,7 +32,6 @@ from real.files import HALF, CheckpointError, TrainingError, digest, is_first, n
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
-STATE = ("param", "step", "exp_avg", "exp_avg_sq")     # of each trained parameter; the last three are AdamW's
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
 MEETING = 10                             # minutes in which the processes of torchrun must meet
@@ -264,41 +264,41 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def begin(self, trained, optimizer, steps):
+    def begin(self, trained, optimizer):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
 
-        `steps` is the number of all steps. Raises CheckpointError if the state is damaged or of a run with other settings."""
-        self.trained, self.optimizer, self.steps, step = trained, optimizer, steps, 0
+        Raises CheckpointError if the state is damaged or of a run with other settings."""
+        self.trained, self.optimizer = trained, optimizer
         if self.path.is_dir():
             raise CheckpointError(f"{self.path}: a folder, not a file; delete it, or name another --out")
         with first_alone():                                      # it also does what --fresh asks
             found = self.path.read_bytes() if self.path.is_file() else None
-        if found is not None:
-            try:
-                tensors = load(found)
-                facts = json.loads(bytes(tensors.pop("facts").tolist()))
-                if facts["finished"] and facts["settings"] != self.settings:
-                    self.save(0)                                 # another training may follow one that has ended
-                    return self.begin_log(0)
-                self.refuse_other(facts["settings"])
-                kept = {name: list(facts["kept"][name]) for name in self.kept}
-                states = [{key: tensors.pop(f"{i}.{key}") for key in STATE if f"{i}.{key}" in tensors}
-                          for i in range(len(trained))]
-                self.refuse_damaged(states, tensors, facts["step"])
-            except CheckpointError:
-                raise
-            except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
-            with torch.no_grad():
-                for parameter, state in zip(trained, states):
-                    parameter.copy_(state.pop("param"))
-                    if state:
-                        moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-                        optimizer.state[parameter] = {"step": state["step"], **moments}
-            step, self.kept = facts["step"], kept
-            note(f"{self.path}: " + ("this training has ended; --fresh trains again" if facts["finished"] else
-                                     f"goes on after step {step}"))
-        return self.begin_log(step)
+        if found is None:
+            return self.begin_log(0)
+        try:
+            tensors = load(found)
+            stored = tensors.pop("digest", torch.empty(0)).numpy().tobytes()
+            if stored != sha256(save(tensors)).digest():
+                raise ValueError("its content is not what this version has written")
+            facts = json.loads(tensors.pop("facts").numpy().tobytes())
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
+        if facts["finished"] and facts["settings"] != self.settings:
+            self.save(0)                                         # another training may follow one that has ended
+            return self.begin_log(0)
+        self.refuse_other(facts["settings"])
+        if facts["shapes"] != [list(parameter.shape) for parameter in trained]:
+            raise CheckpointError(f"{self.path}: of a model of other sizes; start anew with --fresh")
+        with torch.no_grad():
+            for i, parameter in enumerate(trained):
+                parameter.copy_(tensors[f"{i}.param"])
+                if f"{i}.step" in tensors:                       # otherwise it has had no gradient yet
+                    moments = {key: tensors[f"{i}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {"step": tensors[f"{i}.step"], **moments}
+        self.kept = facts["kept"]
+        note(f"{self.path}: " + ("this training has ended; --fresh trains again" if facts["finished"] else
+                                 f"goes on after step {facts['step']}"))
+        return self.begin_log(facts["step"])
 
     def refuse_other(self, settings):
         """Raises CheckpointError if the stored settings are not those of this run."""
@@ -328,21 +328,6 @@ class Run:
         self.stop = asked > 0
         return loss, balance
 
-    def refuse_damaged(self, states, others, step):
-        """Raises ValueError unless `states` fit the trained tensors, hold numbers, and are all that the file has."""
-        if not isinstance(step, int) or not 0 <= step <= self.steps:
-            raise ValueError(f"it is of step {step}, and there are {self.steps}")
-        for parameter, state in zip(self.trained, states):
-            if set(state) not in (set(STATE), {"param"}):        # param alone: it has had no gradient yet
-                raise ValueError("a tensor is missing")
-            for key, x in state.items():
-                if x.shape != (() if key == "step" else parameter.shape) or x.dtype != torch.float32:
-                    raise ValueError("it has other tensors than this model")
-                if not x.isfinite().all():
-                    raise ValueError("a number in it is none")
-        if others:
-            raise ValueError("it has other tensors than this model")
-
     def after(self, step):
         """Call it with the number of steps done, after each. It saves when it is time, and ends a run that is to end."""
         if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
@@ -353,13 +338,14 @@ class Run:
 
     def save(self, step, finished=False):
         """Write the state after `step` steps. finished: the model has been written as well."""
-        facts = {"step": step, "finished": finished, "settings": self.settings, "kept": self.kept}
-        facts = json.dumps(facts).encode()
-        tensors = {"facts": torch.tensor(list(facts), dtype=torch.uint8)}
+        facts = {"step": step, "finished": finished, "settings": self.settings, "kept": self.kept,
+                 "shapes": [list(parameter.shape) for parameter in self.trained]}
+        tensors = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
         for i, parameter in enumerate(self.trained):
             tensors[f"{i}.param"] = parameter.detach().cpu().contiguous()
             for key, x in self.optimizer.state[parameter].items():
                 tensors[f"{i}.{key}"] = x.cpu().contiguous()
+        tensors["digest"] = torch.tensor(list(sha256(save(tensors)).digest()), dtype=torch.uint8)
         write_together({self.path: save(tensors)})
         self.saved, self.step = time.monotonic(), step
 

@@ -146,6 +146,8 @@ def spoil(path, kind):
             tensors["0.param"] = torch.zeros(3)
         elif kind == "moment's shape":
             tensors["0.exp_avg"] = torch.zeros(3)
+        elif kind == "a number":
+            tensors["1.exp_avg_sq"][2] *= 1.5
         elif kind == "NaN":
             tensors["0.param"][0] = torch.nan
         elif kind == "integers":
@@ -158,15 +160,15 @@ def spoil(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "no facts",
-                                  *FACTS, "facts of numbers", "step", "kept", "no moment", "shape", "moment's shape", "NaN",
-                                  "integers", "extra", "of a model"])
+                                  *FACTS, "facts of numbers", "step", "kept", "no moment", "shape", "moment's shape", "a number",
+                                  "NaN", "integers", "extra", "of a model"])
 def test_a_damaged_state_is_refused(tmp_path, kind):
     def begin():
         torch.manual_seed(0)
         trained = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
         optimizer = torch.optim.AdamW(trained)
         state = Run(train.TrainConfig(out=str(tmp_path)), [])
-        return state, trained, optimizer, state.begin(trained, optimizer, 10)
+        return state, trained, optimizer, state.begin(trained, optimizer)
 
     state, trained, optimizer, first = begin()
     for parameter in trained:
@@ -183,7 +185,7 @@ def test_a_state_with_other_frozen_parts_is_refused(tmp_path):
     def begin(frozen):
         trained = [torch.nn.Parameter(torch.ones(3))]
         run = Run(train.TrainConfig(out=str(tmp_path)), [], frozen)
-        return run, run.begin(trained, torch.optim.AdamW(trained), 10)
+        return run, run.begin(trained, torch.optim.AdamW(trained))
 
     run, _ = begin("a")
     run.save(4)
@@ -213,7 +215,7 @@ def test_an_edited_log_and_a_folder_in_place_of_the_state(tmp_path):
     def begin():
         trained = [torch.nn.Parameter(torch.ones(3))]
         run = Run(train.TrainConfig(out=str(tmp_path)), [])
-        return run, run.begin(trained, torch.optim.AdamW(trained), 10)
+        return run, run.begin(trained, torch.optim.AdamW(trained))
 
     run, _ = begin()
     run.save(4)
