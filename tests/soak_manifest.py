@@ -83,7 +83,7 @@ def main():
     print(f"{len(large.waits)} steps: waited {waited:.1f} s of {large.seconds:.1f} s for batches, {waited / large.seconds:.1%}")
     third = len(large.sizes) // 3
     print("resident MiB, mean of each third of the steps: " + ", ".join(
-        f"{sum(large.sizes[i * third:(i + 1) * third]) / third / 2**20:.0f}" for i in range(3)))
+        f"{sum(large.sizes[i * third:(i + 1) * third]) / third:.0f}" for i in range(3)))
     return int(large.start - small.start >= 5)
 
 
