@@ -614,6 +614,13 @@ def test_a_voice_is_brought_to_the_level_of_the_training_clips(talker_clips):
     assert clips.at_level(middle, None) is middle
 
 
+def test_transcribe_brings_a_voice_to_the_level_of_training(trained, tmp_path, voice, monkeypatch):
+    levels, heard = json.loads((trained / "config.json").read_text())["levels"], []
+    monkeypatch.setattr(sample, "batch", lambda found, *more: heard.extend(found) or data.batch(found, *more))
+    sample.transcribe(write_wav(tmp_path / "a.wav", voice * np.float32(1e-2)), trained)
+    assert clips.mel_level(heard[0]) == pytest.approx(levels[0], abs=0.3)
+
+
 @pytest.mark.parametrize("flag", ["--srt", "--show-crop"])
 def test_the_clip_itself_is_never_written_over(tmp_path, trained, talker_clips, capsys, flag):
     path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from matplotlib.figure import Figure
 
 import train
 from extras import experiments, own_decoder, plot
@@ -96,7 +97,7 @@ def test_the_pages_have_the_numbers_of_results_csv(capsys):
 
 
 def test_the_picture_of_tokens(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure = Figure()
     rows = [dict.fromkeys(experiments.COLUMNS, "") | {
         "method": "mome", "data": "synthetic", "train_rates": "2,4,8", "rates": rates, "task": "avsr", "snr_db": snr, "seed": seed,
         "wer": wer, "tokens": tokens, "split": "test"}

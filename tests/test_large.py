@@ -125,6 +125,13 @@ def test_held_out_clips_are_read_at_the_start(manifest):
     assert not {clip.text for clip in clips["valid"]} & {clip.text for clip in clips["train"]}
 
 
+def test_no_sentence_is_held_out_and_trained_on():
+    clips = [Clip(str(i), f"say {i % 8}") for i in range(40)]                    # each sentence five times
+    rest, held_out = setup.hold_out(clips)
+    assert len(held_out) == 4 and len(rest) == 35                                # one more says the same
+    assert not {clip.text for clip in rest} & {clip.text for clip in held_out}
+
+
 def test_a_large_folder_is_not_tested_on_a_fifth(tmp_path, monkeypatch):
     (tmp_path / "manifest.csv").write_text("path,text\n" + "".join(f"{i}.wav,word {i}\n" for i in range(100)))
     n_test = [sum(entry.split == "test" for entry in entries(tmp_path)[1])]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT, tiny_avsr
 
 import data
-from mome import AVSR, Llama, LlamaConfig, MoME, pool
+from mome import AVSR, Llama, LlamaConfig, MoME, pool, rope_tables
 from real.checkpoint import load_model, save_model
 from real.files import CheckpointError
 from sample import KVCache, generate
@@ -214,7 +214,29 @@ def test_balance_loss_is_one_when_even_and_more_in_collapse():
     mome(torch.eye(4))
     assert mome.balance_loss.item() == pytest.approx(1, abs=1e-5)
     mome(torch.eye(4)[[0, 0, 0, 0]])
-    assert mome.balance_loss.item() > 3
+    assert mome.balance_loss.item() == pytest.approx(4, abs=0.01)
+
+
+def test_balance_loss_is_that_of_the_switch_transformer():
+    mome, x = random_mome(n_routed=6, top_k=2), torch.randn(50, 16)
+    mome(x)
+    probs = mome.router(x).softmax(-1)
+    f = torch.bincount(probs.topk(2).indices.flatten(), minlength=6) / 100        # of 50 tokens, 2 choices each
+    torch.testing.assert_close(mome.balance_loss, 6 * (f * probs.mean(0)).sum())
+
+
+@pytest.mark.parametrize("place", ["attn", "ffn", "layer"])
+def test_what_mome_reads_and_where_its_output_is_added(place):
+    torch.manual_seed(0)
+    layer = Llama(LlamaConfig(9, 32, 1, 4, 2, 48, n_routed=4, n_shared=1, place=place)).layers[0]
+    for parameter in layer.parameters():                    # norms too, so that what they read and give differ
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, rope = torch.randn(1, 6, 32), rope_tables(torch.arange(6), torch.ones(4))
+    h = layer.input_layernorm(x)
+    y = x + layer.self_attn(h, rope=rope) + (layer.mome(h) if place == "attn" else 0)
+    g = layer.post_attention_layernorm(y)
+    expected = y + layer.mlp(g) + {"attn": 0, "ffn": layer.mome(g), "layer": layer.mome(h)}[place]
+    torch.testing.assert_close(layer(x, rope=rope), expected)
 
 
 @pytest.mark.parametrize("place", ["attn", "ffn", "layer"])
@@ -314,33 +336,21 @@ def test_input_layout(tiny, talker_clips):
     for position, expected in ((0, table[0]), (1, a[0]), (2 + n_audio, a[1]), (3 + n_audio, v[0]), (-2, v[1]), (-1, table[2])):
         assert torch.equal(row[position], expected)
     assert len(sound) == n_audio + 4 and torch.equal(sound[-2], a[1]) and torch.equal(row[:3 + n_audio], sound[:-1])
+    first, _, second, _ = tiny.projectors["video"]
+    pooled, _ = pool(*encoded["video"], 2)
+    torch.testing.assert_close(row[4 + n_audio:-2], F.layer_norm(second(first(pooled[0]).relu()), (32,)))
 
 
-def test_one_backward_per_set_of_rates_gives_the_gradient_of_the_mean_loss(tiny, talker_clips):
-    """What the step of train.py does is the paper's loss, although a MoME remembers only its last routing."""
-    x, labels = tiny.encode(features(talker_clips)), [[5, 6], [7], [8, 9, 10], [11], [12]]
-    rate_sets = [BOTH, {"audio": 8, "video": 8}]
-    trained = [p for p in tiny.parameters() if p.requires_grad]
-    losses = [sum(w * part for w, part in zip((1, 0.01), tiny.loss(x, labels, rates))) for rates in rate_sets]
-    assert (losses[0] - losses[1]).abs() > 1e-4
-    expected = torch.autograd.grad(torch.stack(losses).mean(), trained)
-    for rates in rate_sets:
-        cross_entropy, balance = tiny.loss(x, labels, rates)
-        ((cross_entropy + 0.01 * balance) / len(rate_sets)).backward()
-    for parameter, gradient in zip(trained, expected):
-        torch.testing.assert_close(parameter.grad, gradient)
-
-
-def test_loss_is_cross_entropy_at_the_transcript_plus_balance(tiny, talker_clips):
-    labels = [7, 9, 4]
-    prefix = tiny.prefix(tiny.encode(features(talker_clips[:1])), BOTH)[0]
-    x = torch.cat([prefix, tiny.llm.embed_tokens(torch.tensor(labels))])
-    expected = F.cross_entropy(tiny.llm.logits(tiny.llm.hidden_states(x[None]))[0, len(prefix) - 1:], torch.tensor([*labels, 1]))
+def test_loss_is_the_mean_over_all_tokens_of_the_transcripts_and_over_the_layers(tiny, talker_clips):
+    encoded, labels, logits = tiny.encode(features(talker_clips[:2])), [[7, 9, 4], [5]], []
+    for prefix, ids in zip(tiny.prefix(encoded, BOTH), labels):
+        x = torch.cat([prefix, tiny.llm.embed_tokens(torch.tensor(ids))])
+        logits.append(tiny.llm.logits(tiny.llm.hidden_states(x[None]))[0, len(prefix) - 1:])
+    cross_entropy, balance = tiny.loss(encoded, labels, BOTH)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(torch.cat(logits), torch.tensor([7, 9, 4, 1, 5, 1])))
     balances = [layer.mome.balance_loss for layer in tiny.llm.layers]
-    cross_entropy, balance = tiny.loss(tiny.encode(features(talker_clips[:1])), [labels], BOTH)
-    torch.testing.assert_close(cross_entropy, expected)
     torch.testing.assert_close(balance, torch.stack(balances).mean())
-    assert len(balances) == 2 and balance > 0
+    assert len(balances) == 2 and balances[0] != balances[1]
 
 
 def test_frozen_parts_get_no_gradient_and_router_and_experts_do(talker_clips):
@@ -389,19 +399,23 @@ def test_beam_1_is_greedy_and_a_wider_beam_scores_no_worse(talker_clips):
 
 @torch.no_grad()
 def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_two_tokens(talker_clips):
-    model = tiny_avsr(3, vocab=6)
-    encoded = model.encode(features(talker_clips[:1]))
-    prefix = model.prefix(encoded, BOTH)[0]
+    missed = 0
+    for seed in range(4):
+        model = tiny_avsr(seed, vocab=6, tied=False)        # with a tied head the likeliest token repeats itself
+        encoded = model.encode(features(talker_clips[:1]))
+        prefix = model.prefix(encoded, BOTH)[0]
 
-    def logp(ids):
-        x = torch.cat([prefix, model.llm.embed_tokens(torch.tensor(ids, dtype=torch.long))])
-        return model.llm.logits(model.llm.hidden_states(x[None])[0, -1]).log_softmax(-1).tolist()
+        def logp(ids):
+            x = torch.cat([prefix, model.llm.embed_tokens(torch.tensor(ids, dtype=torch.long))])
+            return model.llm.logits(model.llm.hidden_states(x[None])[0, -1]).log_softmax(-1).tolist()
 
-    eos, first = model.config.eos, logp([])
-    means = {(): first[eos]} | {(a,) if b == eos else (a, b): (first[a] + second) / 2
-                                for a in range(6) if a != eos for b, second in enumerate(logp([a]))}
-    (ids, mean), = answers_of(model, encoded, BOTH, beam=6, max_tokens=2)
-    assert tuple(ids) == max(means, key=means.get) and mean == pytest.approx(max(means.values()), abs=1e-4)
+        eos, first = model.config.eos, logp([])
+        means = {(): first[eos]} | {(a,) if b == eos else (a, b): (first[a] + second) / 2
+                                    for a in range(6) if a != eos for b, second in enumerate(logp([a]))}
+        (ids, mean), = answers_of(model, encoded, BOTH, beam=6, max_tokens=2)
+        assert tuple(ids) == max(means, key=means.get) and mean == pytest.approx(max(means.values()), abs=1e-4)
+        missed += greedy(model, encoded, BOTH, 2)[0] != ids
+    assert missed, "in none of these seeds does greedy decoding miss the best two tokens"
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe
 
 import data
 import sample
@@ -29,8 +31,6 @@ from real.files import CheckpointError, write_whole
 from real.options import parse_options
 from toy.talker import write_talker_clips
 
-transformers = pytest.importorskip("transformers")
-from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe  # noqa: E402
 
 
 def random_whisper(folder, n_mels):
@@ -272,7 +272,8 @@ def test_two_runs_may_share_a_cache(parts, real, tmp_path):
     argv = [*flags(parts), "--cache", str(tmp_path / "cache")]
     runs = [subprocess.Popen([sys.executable, "train.py", *argv, "--out", str(tmp_path / name)], cwd=ROOT,
                              stderr=subprocess.PIPE, text=True) for name in ("a", "b")]
-    assert [(run.wait(), "Traceback" in run.communicate()[1]) for run in runs] == [(0, False)] * 2
+    told = [run.communicate()[1] for run in runs]
+    assert [(run.returncode, "Traceback" in said) for run, said in zip(runs, told)] == [(0, False)] * 2
     files = {p.name: p.read_bytes() for p in (tmp_path / "cache/features").rglob("*") if p.is_file()}
     assert len(files) == 16  # 4 clips, 2 streams, each as it is and augmented
     assert all(not name.startswith(".") for name in files)

@@ -11,7 +11,6 @@ from extras import pictures, routing
 
 
 def test_the_pictures(trained, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     for picture in ("clip", "tokens", "routing", "agreement", "similarity"):
         assert pictures.main([picture, str(trained), "--save", str(tmp_path / "docs" / "new.png")]) == 0
         path = tmp_path / "docs" / "new.png"
@@ -64,7 +63,6 @@ def test_seeds_of_one_method_are_one_line(tmp_path):
 
 
 def test_wrong_use_is_one_line(trained, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     save = ["--save", str(tmp_path / "new.png")]
     no_clip = ["clip", str(trained), "--clip", str(tmp_path / "none.mp4")]
     (tmp_path / "metrics.json").write_text('{"config": {"method": "mome"}, "rows": []}')

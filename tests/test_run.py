@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import torch
 from conftest import ROOT, TRAINED
 from safetensors.torch import load_file, save_file
 
+import data
 import sample
 import train
 from data import Clip
@@ -55,14 +58,15 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def half(whole):
-    """The folder of the same run, which was asked to stop after three steps, as by Ctrl-C or SIGTERM."""
-    out, after = whole.parent / "half", Run.after
+    """The folder of the same run, which was asked to stop by Ctrl-C in its second step, and ended after its third."""
+    out, log = whole.parent / "half", Run.log
 
-    def ask(run, step):
-        run.stop = step == 3
-        after(run, step)
+    def ask(run, step, *more):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        log(run, step, *more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "after", ask)
+        patch.setattr(Run, "log", ask)
         with pytest.raises(KeyboardInterrupt):
             train.main(command(out))
     assert (out / "state.safetensors").is_file() and not (out / "model.safetensors").exists()
@@ -108,9 +112,6 @@ def test_other_settings_are_refused_and_fresh_starts_anew(whole, stopped, capsys
     assert (stopped / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
 
 
-FACTS = {"no keys": b"{}", "a list": b"[]", "no JSON": b"{", "not UTF-8": b"\xff{}", "settings": b'{"settings": 1, "step": 3}'}
-
-
 def spoil(path, kind):
     content = path.read_bytes()
     if kind == "empty":
@@ -131,37 +132,24 @@ def spoil(path, kind):
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     else:
         tensors = load_file(path)
-        if kind == "no facts":
-            del tensors["facts"]
-        elif kind in FACTS:
-            tensors["facts"] = torch.tensor(list(FACTS[kind]), dtype=torch.uint8)
-        elif kind == "facts of numbers":
-            tensors["facts"] = torch.ones(5)
-        elif kind in ("step", "kept"):
-            facts = json.loads(bytes(tensors["facts"].tolist())) | {kind: 10 ** 6}
-            tensors["facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        if kind == "a number":
+            tensors["1.exp_avg_sq"][2] *= 1.5
         elif kind == "no moment":
             del tensors["0.exp_avg"]
-        elif kind == "shape":
-            tensors["0.param"] = torch.zeros(3)
-        elif kind == "moment's shape":
-            tensors["0.exp_avg"] = torch.zeros(3)
-        elif kind == "a number":
-            tensors["1.exp_avg_sq"][2] *= 1.5
-        elif kind == "NaN":
-            tensors["0.param"][0] = torch.nan
-        elif kind == "integers":
-            tensors["0.param"] = tensors["0.param"].int()
         elif kind == "extra":
             tensors["999.param"] = torch.zeros(3)
+        elif kind == "step":
+            facts = json.loads(bytes(tensors["facts"].tolist())) | {"step": 2}
+            tensors["facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        elif kind == "no hash":
+            del tensors["digest"]
         elif kind == "of a model":
             tensors = {"llm.norm.weight": torch.zeros(3)}
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "no facts",
-                                  *FACTS, "facts of numbers", "step", "kept", "no moment", "shape", "moment's shape", "a number",
-                                  "NaN", "integers", "extra", "of a model"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "a number",
+                                  "no moment", "extra", "step", "no hash", "of a model"])
 def test_a_damaged_state_is_refused(tmp_path, kind):
     def begin():
         torch.manual_seed(0)
@@ -181,9 +169,35 @@ def test_a_damaged_state_is_refused(tmp_path, kind):
         begin()
 
 
-def test_a_state_with_other_frozen_parts_is_refused(tmp_path):
-    def begin(frozen):
+def test_the_state_is_written_every_so_many_minutes(tmp_path, monkeypatch):
+    now, saved, trained = [0.], [], [torch.nn.Parameter(torch.ones(3))]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    state = Run(train.TrainConfig(out=str(tmp_path), save_every=5.), [])
+    state.begin(trained, torch.optim.AdamW(trained))
+    save = state.save
+    state.save = lambda step: saved.append(step) or save(step)
+    for step, now[0] in enumerate((10, 299, 301, 500, 600, 602), 1):
+        state.after(step)
+    assert saved == [3, 6]
+
+
+def test_the_curve_and_the_losses_since_its_last_point_go_on(tmp_path):
+    def begin():
         trained = [torch.nn.Parameter(torch.ones(3))]
+        run = Run(train.TrainConfig(out=str(tmp_path)), [])
+        return run, run.begin(trained, torch.optim.AdamW(trained))
+
+    state, _ = begin()
+    state.kept["curve"].append({"step": 2, "loss": 1.5, "rows": []})
+    state.kept["recent"].append(1.25)
+    state.save(4)
+    again, step = begin()
+    assert step == 4 and again.kept == state.kept != {"curve": [], "recent": []}
+
+
+def test_a_state_with_other_frozen_parts_is_refused(tmp_path):
+    def begin(frozen, size=3):
+        trained = [torch.nn.Parameter(torch.ones(size))]
         run = Run(train.TrainConfig(out=str(tmp_path)), [], frozen)
         return run, run.begin(trained, torch.optim.AdamW(trained))
 
@@ -192,6 +206,8 @@ def test_a_state_with_other_frozen_parts_is_refused(tmp_path):
     assert begin("a")[1] == 4
     with pytest.raises(CheckpointError, match="the frozen parts, or what clips hold was 'a', is 'b'"):
         begin("b")
+    with pytest.raises(CheckpointError, match="of a model of other sizes"):
+        begin("a", 4)
     run.save(10, finished=True)
     assert begin("b")[1] == 0        # what has ended is followed by another training
 
@@ -259,6 +275,66 @@ def test_a_full_disk_leaves_the_old_state(stopped, capsys):
     assert "state.safetensors" in line and "File too large" in line
     assert (stopped / "state.safetensors").read_bytes() == before
     assert [path for path in stopped.iterdir() if path.name.startswith(".")] == []
+
+
+def letters(text):
+    """A stand-in for a tokenizer: one to four ids for a text."""
+    return [5 + ord(letter) % 30 for letter in text[:len(text) % 4 + 1]]
+
+
+def test_the_step_of_train_py_is_the_papers_loss(tiny, talker_clips, tmp_path, monkeypatch):
+    """The mean over the sets of rates of cross-entropy + 0.01 * balance; its gradient is clipped to norm 1."""
+    calls, steps, loss = [], [], tiny.loss
+    tiny.loss = lambda *args: calls.append(args) or loss(*args)
+
+    def clip(trained, norm):
+        each = [cross_entropy + 0.01 * balance for cross_entropy, balance in (loss(*args) for args in calls)]
+        expected = torch.autograd.grad(sum(each) / len(each), trained)
+        torch.testing.assert_close([parameter.grad for parameter in trained], list(expected), atol=1e-5, rtol=1e-4)
+        steps.append(([rates for _, _, rates in calls], norm))
+        calls.clear()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    config = train.TrainConfig(out=str(tmp_path), steps=2, batch_size=2)
+    state = Run(config, [])
+    train.train_mome(tiny, talker_clips, ["avsr"], [(4, 2), (8, 8)], SimpleNamespace(encode=letters), config, state)
+    assert steps == [([{"audio": 4, "video": 2}, {"audio": 8, "video": 8}], 1.0)] * 2
+    assert state.optimizer.defaults["weight_decay"] == 0.1
+
+
+@pytest.fixture
+def drawing(tiny, talker_clips, tmp_path, monkeypatch):
+    """A function of settings -> (what train_mome draws for a step, without encoding it; the number of steps)."""
+    def of(**more):
+        seen, config = [], train.TrainConfig(out=str(tmp_path), fresh=True, **more)
+        monkeypatch.setattr(train, "prefetched", lambda make, first, steps: seen.extend((make, steps)) or [])
+        monkeypatch.setattr(train, "encode_parts", lambda model, clips, parts, *_: [None] * len(parts))
+        tokenizer = SimpleNamespace(encode=letters)
+        train.train_mome(tiny, talker_clips, list(data.TASKS), [(2, 2), (4, 8)], tokenizer, config, Run(config, []))
+        return seen
+    return of
+
+
+def test_what_a_step_draws(drawing):
+    draw, _ = drawing()
+    drawn = [draw(step) for step in range(1000)]
+    shares = [sum(task == name for task, *_ in drawn) / 1000 for name in train.TASK_SHARE]
+    assert shares == pytest.approx([.3, .4, .3], abs=.05)                        # three standard deviations
+    assert all(rate_sets == data.task_rates(task, [(2, 2), (4, 8)]) for task, _, rate_sets, _ in drawn)
+    one, _ = drawing(rates_per_step="1")
+    alone = Counter(str(rates) for step in range(1000) for rates in one(step)[2])
+    assert alone.total() == 1000 and len(alone) == 6 and min(alone.values()) > 100
+
+
+@pytest.mark.parametrize("more, steps", [({}, 1700), ({"data": "x"}, 3500), ({"data": "x", "llm": "y"}, 700),
+                                         ({"epochs": 1.5}, 2), ({"epochs": 9., "steps": 3}, 3)])
+def test_the_length_of_stage_3(drawing, more, steps):
+    assert drawing(**more)[1] == steps                                           # 5 clips, 4 in a step
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
+    rates = [train.learning_rate(step, 1700, 2.) for step in (0, 14, 29, 850, 1699)]
+    assert rates == pytest.approx([2 / 30, 1, 2, 1.05, 0.1], rel=1e-2)
+    assert train.learning_rate(0, 6, 2.) == 2       # a short run hardly warms up
 
 
 def test_log_and_facts(whole):
@@ -403,7 +479,7 @@ def test_rows_of_the_log_are_on_the_disk_when_a_run_goes_on(tmp_path):
     assert (tmp_path / "log.csv").read_text().splitlines() == [",".join(run.COLUMNS), *rows[:20]]
 
 
-def test_padding_is_not_counted(tmp_path):
+def test_padding_is_not_counted(tmp_path, monkeypatch):
     looking = Run.__new__(Run)
     looking.counts, looking.n_tokens, looking.looked, looking.began = {}, 0, 0, 0
     looking.out = tmp_path
@@ -412,6 +488,9 @@ def test_padding_is_not_counted(tmp_path):
     llm.transcript_loss([torch.randn(2, 16), torch.randn(9, 16)], [torch.tensor([1]), torch.tensor([2])])
     looking.log(0, ("asr", [], [], []), 1., 1., llm)
     assert looking.counts[0].sum() == 11 * looking.top_k       # of 18 places
+    monkeypatch.setattr(run, "LOOK_EVERY", 1)
+    looking.log(1, ("asr", [], [], []), 1., 1., llm)
+    assert looking.counts == {}                                # it has looked for experts without work
 
 
 def test_experts_without_work_are_named(capsys):

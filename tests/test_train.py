@@ -24,6 +24,7 @@ import data
 import sample
 import train
 from data import ClipError, parse_rates
+from encoders import AudioEncoder
 from extras import auto, baselines, cost
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
 from real import clips as data_command
@@ -500,12 +501,33 @@ def test_calibration(tiny, talker_clips, monkeypatch):
     def fake(model, clips, plan, snrs, *_):
         wrong = {clip.name: i % 4 == 0 for i, clip in enumerate(clips)}
         return {(key, snr): [("a b", "a c" if wrong[clip.name] and decoder.keywords["rates"] == {"audio": 8} else "a b",
-                              -1. if wrong[clip.name] else -.1 - .001 * n, 100 // decoder.keywords["rates"]["audio"])
+                              -1. if wrong[clip.name] else -.1 - .001 * n - .2 * (snr is not None), 100 // decoder.keywords["rates"]["audio"])
                              for n, clip in enumerate(clips)] for key, (task, decoder) in plan.items() for snr in snrs}
     monkeypatch.setattr(auto, "decode_all", fake)
     clips = [replace(talker_clips[0], name=str(i)) for i in range(40)]
     threshold = auto.calibrate(tiny, clips, ["asr"], [(2, 2), (4, 4), (8, 8)], None)["asr"]
-    assert -1 < threshold <= -.1
+    assert threshold == pytest.approx(-.139)      # of the clean clips; the noisy ones alone would allow -.339
+
+
+def test_every_cell_of_the_table_is_decoded_at_its_noise_and_rates(tiny, talker_clips):
+    pairs, tokenizer = [(4, 2), (8, 8)], SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    found = sample.decode_all(tiny, talker_clips, sample.fixed_plan(["avsr", "vsr"], pairs), [None, 0., -5.], tokenizer)
+    logprobs = {key: [logprob for _, _, logprob, _ in rows] for key, rows in found.items()}
+    ordered = sorted(talker_clips, key=lambda clip: clip.duration)
+    for snr in (None, 0., -5.):
+        noisy = [data.in_babble(clip, snr, talker_clips) for clip in ordered]
+        encoded = tiny.encode(data.batch(noisy, ["audio", "video"]))
+        for a, v in pairs:
+            expected = [answer[1] for answer in sample.decode(tiny, encoded, {"audio": a, "video": v})]
+            assert logprobs[("avsr", a, v), snr] == pytest.approx(expected, abs=1e-5)
+    assert len({tuple(x) for x in logprobs.values()}) == len(logprobs) == 6 + 2          # lips are read clean alone
+
+
+def test_stage_1_meets_no_tested_sentence(tmp_path, monkeypatch):
+    met, text = [], talker_clip(("train", 0, 0, 32, False)).text
+    monkeypatch.setattr(pretrain, "train_encoder", lambda stream, encoder, clips, *_: met.extend(clips) or encoder.state_dict())
+    pretrain.begin_on_talker("audio", AudioEncoder(), {text}, train.TrainConfig(clips=4), tmp_path, torch.device("cpu"))
+    assert met and text not in {clip.text for clip in met}
 
 
 def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):

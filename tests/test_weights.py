@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 
 import data
@@ -17,8 +18,6 @@ from encoders import AudioEncoder, VideoConfig, VideoEncoder, log_mel
 from mome import Llama
 from real import tokenizer, weights
 from real.files import WeightsError
-
-transformers = pytest.importorskip("transformers")
 
 
 # --- Llama ---
@@ -309,6 +308,30 @@ class Command:
 
     def __reduce__(self):
         return os.system, (f"touch {self.target}",)
+
+
+@torch.no_grad()
+def test_avhubert_reads_lips_in_its_second_half_and_its_encoder_is_huberts(tmp_path):
+    from transformers.models.hubert.modeling_hubert import HubertEncoderStableLayerNorm
+    torch.save({"model": avhubert_state()}, tmp_path / "av.pt")
+    ours, seen = VideoEncoder.from_pretrained(tmp_path / "av.pt"), {}
+    for name in ("fuse_norm", "pos_conv"):
+        getattr(ours, name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].clone()}))
+    out = ours(torch.rand(2, 1, 9, 96, 96))
+    assert not seen["fuse_norm"][..., :64].any() and seen["fuse_norm"][..., 64:].any()
+    theirs = HubertEncoderStableLayerNorm(transformers.HubertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=256)).eval()
+    conv, state = "pos_conv_embed.conv.", {}
+    names = {"self_attn.": "attention.", "self_attn_layer_norm": "layer_norm", "fc1": "feed_forward.intermediate_dense",
+             "fc2": "feed_forward.output_dense", "pos_conv.0.weight_g": conv + "parametrizations.weight.original0",
+             "pos_conv.0.weight_v": conv + "parametrizations.weight.original1", "pos_conv.0.bias": conv + "bias"}
+    for name, tensor in avhubert_state().items():
+        if name.startswith("encoder."):
+            for a, b in names.items():
+                name = name.replace(a, b)
+            state[name.removeprefix("encoder.")] = tensor
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(out, theirs(seen["pos_conv"]).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
