@@ -30,9 +30,8 @@ from real.checkpoint import FLAGS, load_for_use, reading
 from real.clips import alike, choose_task, read_pieces
 from real.files import note, shown
 from real.options import check_sample_options, parse_sample_options
-from real.report import error_rates
+from real.report import error_rates, write_srt
 from real.run import shared
-from real.subtitles import write_srt
 
 TEST_BATCH = 50     # hypotheses that are decoded together in a test
 PIECES = 8          # pieces of a long clip that are decoded together

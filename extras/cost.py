@@ -43,7 +43,7 @@ def sizes(config):
         parts["audio"] = AudioConfig(**weights.whisper_config(config.audio_encoder))
     if config.video_encoder:
         tensors = weights.avhubert_tensors(config.video_encoder)
-        parts["video"] = VideoConfig(**weights.avhubert_config(config.video_encoder, tensors))
+        parts["video"] = VideoConfig(**weights.avhubert_config(tensors))
     parts["llm"] = replace(parts["llm"], **config.experts)
     parts["audio"] = replace(parts["audio"], padded=config.pad_audio)
     for stream in {"audio", "video"} - task_streams(config.tasks.split(",")):

@@ -1,12 +1,8 @@
-"""A cache of what real encoders make of real clips.
+"""A cache of what real encoders make of real clips, as they are and in augmented copies (not in the paper).
 
 Real encoders are frozen and large. So each clip passes them once, not once in every epoch, and training costs only the
-LLM. A stand-in beside one reads the same copies. The cache holds each clip as it is and a few augmented copies (not in
-the paper): sound of another pace, pitch, band, tone, noise and level; mouths shifted and mirrored. A clip that is read
-when it is drawn is encoded then.
-
-Every (clip, copy, stream) is a small file whose name is a hash of all that it depends on. Files are written whole. So a
-run may be killed and started again, and two runs may share the folder.
+LLM. Every (clip, copy, stream) is a small file whose name is a hash of all that it depends on. Files are written whole.
+So a run may be killed and started again, and two runs may share the folder.
 """
 import hashlib
 import os
@@ -24,7 +20,6 @@ import data
 from encoders import SAMPLE_RATE
 from real.files import digest, read_stored, write_whole
 from real.folders import Unread
-
 
 VERSION = 3         # raise it when this file, data.py or encoders.py makes other features of the same clips
 BATCH_SECONDS = 48  # seconds of clips that are encoded together

@@ -1,11 +1,8 @@
 """A folder of clips with their transcripts (real/layouts.py) -> training clips and test clips.
 
 Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
-talker. Talkers are named in a manifest, or are the folders at the highest level that has several. No sentence is then
-in both splits. Splits that the folder names stay as they are.
-
-The clips are read at the start. Of a large folder only the test clips are, and some training clips, whose voices make
-babble. The other training clips are read when they are drawn, and not kept.
+talker. Of a large folder the test clips and some training clips, whose voices make babble, are read at the start, the
+others when they are drawn.
 """
 import os
 import random

@@ -12,11 +12,11 @@ import subprocess
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe as ffmpeg        # -> the path of the program
 
 from data import MAX_SECONDS, ClipError
 from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -34,13 +34,6 @@ MAX_PIXELS = 36_000_000  # of one picture: 8k
 HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
 PAUSE = 9                # frames: a longer pause separates two pieces of a long clip (not in the paper)
 MARGIN = 4               # frames of the pause that each piece keeps (not in the paper)
-
-
-@cache
-def ffmpeg():
-    """The path of the ffmpeg program."""
-    import imageio_ffmpeg
-    return imageio_ffmpeg.get_ffmpeg_exe()
 
 
 def first_words(stderr):

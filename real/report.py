@@ -1,11 +1,11 @@
-"""What train.py prints: the number of parameters, and the table of WERs."""
+"""What train.py and sample.py print: the number of parameters, the table of WERs, subtitles."""
+import textwrap
 import time
 
 import jiwer
 import regex
 
-from real.files import note
-
+from real.files import note, write_whole
 
 SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 
@@ -64,3 +64,16 @@ def table(rows):
         cells = "".join(f"{line.get(column, ''):>{width}}" for column, width in widths.items())
         text += f"\n{task:6}{noise:8}{cells}"
     return text
+
+
+def stamp(seconds):
+    """Seconds -> SRT's hours:minutes:seconds,milliseconds."""
+    ms = round(1000 * seconds)
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
+
+
+def write_srt(path, segments):
+    """segments: dicts of start and end in seconds and text. A segment without text gets no subtitle."""
+    blocks = [f"{i}\n{stamp(segment['start'])} --> {stamp(segment['end'])}\n{textwrap.fill(segment['text'], 42)}\n"
+              for i, segment in enumerate((segment for segment in segments if segment["text"]), 1)]
+    write_whole(path, lambda temporary: temporary.write_text("\n".join(blocks), "utf-8"))

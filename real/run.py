@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
@@ -269,8 +270,6 @@ class Run:
 
         Raises CheckpointError if the state is damaged or of a run with other settings."""
         self.trained, self.optimizer = trained, optimizer
-        if self.path.is_dir():
-            raise CheckpointError(f"{self.path}: a folder, not a file; delete it, or name another --out")
         with first_alone():                                      # it also does what --fresh asks
             found = self.path.read_bytes() if self.path.is_file() else None
         if found is None:
@@ -320,10 +319,7 @@ class Run:
             return loss, balance
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         told = gradients[0].new_tensor([loss, balance, self.asked])
-        flat = summed(torch.cat([*map(torch.flatten, gradients), told]))
-        *sums, told = flat.split([*(gradient.numel() for gradient in gradients), len(told)])
-        for gradient, total in zip(gradients, sums):
-            gradient.copy_(total.view_as(gradient))
+        vector_to_parameters(summed(parameters_to_vector([*gradients, told])), [*gradients, told])
         loss, balance, asked = told.tolist()
         self.stop = asked > 0
         return loss, balance
@@ -419,9 +415,8 @@ class Run:
 
 def revision():
     """The commit of this code, with a + if files have changed since; None outside a git checkout."""
-    def git(*words):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True).stdout
+    words = "describe --always --dirty=+ --abbrev=40 --exclude=*".split()
     try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None

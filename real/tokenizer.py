@@ -1,5 +1,6 @@
 """Tokenizers of real LLMs: byte-level BPE from an HF folder, as tiktoken Encodings."""
 import base64
+import itertools
 from pathlib import Path
 
 import regex
@@ -37,18 +38,12 @@ class BPE(tiktoken.Encoding):
         super().__init__(name, pat_str=r"(?s).+", special_tokens=special, mergeable_ranks=ranks | extra)
 
     def encode(self, text):
-        ids = []
-        for part in isolated(self.added_pattern, text):
-            ids += [self.added[part]] if part in self.added else self.encode_words(part)
-        return ids
-
-    def encode_words(self, text):
-        """The ids of a text without tokens of `added`."""
-        pieces = [text]
+        pieces = isolated(self.added_pattern, text)
         for pattern in self.patterns:
-            pieces = [part for piece in pieces for part in isolated(pattern, piece)]
-        ids = [i for piece in pieces for i in super(BPE, self).encode(piece, disallowed_special=())]
-        return [i for i in ids if i < self.size]
+            parts = ([piece] if piece in self.added else isolated(pattern, piece) for piece in pieces)
+            pieces = [piece for part in parts for piece in part]
+        ids = ([self.added[piece]] if piece in self.added else self.encode_ordinary(piece) for piece in pieces)
+        return [i for of_piece in ids for i in of_piece if i < self.size]
 
     def decode(self, ids):
         return super().decode([i for i in ids if i in self.token_ids])
@@ -60,13 +55,8 @@ def is_text(token):
 
 
 def isolated(pattern, text):
-    """Yield the matches of a compiled pattern and what lies between them; together they are the text."""
-    end = 0
-    for match in pattern.finditer(text):
-        yield from filter(None, (text[end:match.start()], match[0]))
-        end = match.end()
-    if text[end:]:
-        yield text[end:]
+    """The matches of a compiled pattern and what lies between them, none of them empty; together they are the text."""
+    return filter(None, pattern.sub("\0\\g<0>\0", text).split("\0"))
 
 
 @refusing
@@ -157,6 +147,5 @@ def word_pattern(step, path):
 
 def bytes_of_letters():
     """{letter: byte}: GPT-2's table of the letters that stand for bytes in a tokenizer.json."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    others = itertools.count(256)          # for bytes that are no printable letter
+    return {chr(b) if chr(b).isprintable() and b != 32 else chr(next(others)): b for b in range(256)}

@@ -1,9 +1,4 @@
-"""Real weights: HF's Llama and Whisper folders, AV-HuBERT's files.
-
-A file is read as a dict of tensor name -> tensor. `fill` copies its tensors into one of our modules, by a function that
-maps our names to the file's. A tensor that is missing, unexpected or of another shape is a WeightsError that names it.
-No code of a file is ever run.
-"""
+"""Real weights: HF's Llama and Whisper folders, AV-HuBERT's files. No code of a file is ever run."""
 import hashlib
 import math
 import pickle
@@ -16,7 +11,8 @@ from types import MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from real.files import WeightsError, is_pointer, read_json
@@ -49,16 +45,13 @@ def fingerprint(path, whole=False):
     same layout differs. The first block holds names and shapes in a safetensors file."""
     digest, total = hashlib.sha256(), 0
     for file in weight_files(path):
-        try:
-            size = file.stat().st_size
-            last = max(0, size - BLOCK)
-            starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
-            with open(file, "rb") as f:
-                for start in starts:
-                    f.seek(start)
-                    digest.update(f.read(BLOCK))
-        except OSError as error:
-            raise WeightsError(f"{file}: not readable: {error}") from None
+        size = file.stat().st_size
+        last = max(0, size - BLOCK)
+        starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
+        with open(file, "rb") as f:
+            for start in starts:
+                f.seek(start)
+                digest.update(f.read(BLOCK))
         total += size
     return {"bytes": total, "whole" if whole else "sample": digest.hexdigest()}
 
@@ -69,10 +62,9 @@ def read_safetensors(folder):
     for path in weight_files(folder):
         refuse_pointer(path)
         try:
-            file = safe_open(path, "pt")
+            tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{path}: not readable as safetensors: {error}") from None
-        tensors |= {name: file.get_tensor(name) for name in file.keys()}
     return tensors
 
 
@@ -147,7 +139,8 @@ def load_llama(cls, folder, dtype=torch.float32, **experts):
     head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.tied and head is not None and table is not None and not torch.equal(head, table):
         config = replace(config, tied=False)    # as in transformers: a head of its own counts, whatever the config says
-    llm = filled(cls, config, tensors, llama_name, folder, dtype, UNUSED_IN_LLAMA)
+    llm = filled(cls, config, tensors, lambda name: name if name == "lm_head.weight" else f"model.{name}", folder,
+                 dtype, UNUSED_IN_LLAMA)
     llm.inv_freq = scaled_inv_freq(config)
     llm.add_mome(**experts)
     return speed_up(llm)
@@ -186,11 +179,6 @@ def llama_config(folder):
         rope_scaling=tuple(rope[key] for key in scaling_keys[rope_type]), norm_eps=c.get("rms_norm_eps", 1e-6),
         attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
         tied=c.get("tie_word_embeddings", False))
-
-
-def llama_name(name):
-    """Our name of a Llama's tensor -> HF's name."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def llama_ids(folder):
@@ -308,7 +296,7 @@ UNUSED_IN_AVHUBERT = r"mask_emb|final_proj\.|label_embs_concat|feature_extractor
 def load_avhubert(cls, path, dtype=torch.float32):
     """The encoder of an AV-HuBERT file (Base or Large, also fine-tuned) -> cls in `dtype`. Raises WeightsError."""
     tensors = avhubert_tensors(path)
-    config = cls.Config(**avhubert_config(path, tensors))
+    config = cls.Config(**avhubert_config(tensors))
     return filled(cls, config, tensors, avhubert_name, path, dtype, UNUSED_IN_AVHUBERT).eval()
 
 
@@ -330,12 +318,9 @@ def avhubert_tensors(path):
     return tensors
 
 
-def avhubert_config(path, tensors):
+def avhubert_config(tensors):
     """The shapes of an AV-HuBERT's tensors -> the fields of VideoConfig."""
-    if "post_extract_proj.weight" not in tensors:
-        raise WeightsError(f"{path}: no tensor 'post_extract_proj.weight' in it: not an AV-HuBERT model")
-    dim = tensors["post_extract_proj.weight"].shape[0]
-    _, group_width, pos_kernel = tensors["encoder.pos_conv.0.weight"].shape
+    dim, group_width, pos_kernel = tensors["encoder.pos_conv.0.weight"].shape
     n_layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")})
     return dict(size=88, picture=96, stem_channels=64, stem_kernel=7, channels=(64, 128, 256, 512), blocks_per_stage=2,
                 dim=dim, n_layers=n_layers, n_heads=dim // 64, pos_kernel=pos_kernel, pos_groups=dim // group_width)

@@ -217,17 +217,6 @@ def test_an_address_is_not_a_file():
 
 # --- faces ---
 
-def test_gaps_without_a_face(tmp_path, capsys):
-    source = media.Source(tmp_path / "a.mp4", 0., False, (64, 64), 4.)
-    points = {t: np.full(8, t + 1j * t) for t in range(100)}
-    short = {t: p for t, p in points.items() if t >= 20 and not 40 <= t < 60}
-    filled = mouth.fill_gaps(short, 100, source)
-    assert np.allclose(filled[50], 50 + 50j) and np.allclose(filled[0], 20 + 20j) and not np.isnan(filled).any()
-    assert "no face in frames 0-19" in capsys.readouterr().err
-    long = {t: p for t, p in points.items() if not 40 <= t < 70}
-    assert np.flatnonzero(np.isnan(mouth.fill_gaps(long, 100, source)[:, 0])).tolist() == list(range(40, 70))
-
-
 def test_a_piece_without_a_face_is_lost_and_not_the_talk():
     frames = [None if 10 <= t < 20 else np.full((2, 2), t, np.uint8) for t in range(40)]
     found = list(media.cut_pieces(None, iter(frames), [(0, 10), (10, 20), (20, 40)]))

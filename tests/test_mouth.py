@@ -86,6 +86,7 @@ def test_smoothing_and_gaps(tmp_path, capsys):
     notes = capsys.readouterr().err
     assert "frames 3-3 of 60 (25 a second); filled" in notes and "frames 10-39 of 60 (25 a second); the pictures there are not used" in notes
     assert np.isnan(points[10:40]).all() and not np.isnan(points[:10]).any() and not np.isnan(points[40:]).any()
+    assert np.allclose(mouth.fill_gaps({t: face(t) for t in range(20, 40)}, 40, clip)[0], face(20))      # the nearest
 
 
 def test_the_largest_face_on_average(tmp_path, capsys):
@@ -154,9 +155,6 @@ def test_boxes(tmp_path):
     with pytest.raises(ClipError, match="--box 300,0,64,64 reaches beyond its pictures of 320x240"):
         list(mouth.mouths(clip, 64, (300, 0, 64, 64)))
     assert mouth.parse_box("1,2,30,40") == (1, 2, 30, 40)
-    for text in ("", "1,2,3", "a,b,c,d", "-1,0,64,64", "0,0,4,64"):
-        with pytest.raises(ValueError, match="--box"):
-            mouth.parse_box(text)
 
 
 def test_small_squares_are_mouths_and_others_need_the_extra(tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def test_avhubert_file_loads_without_its_classes(tmp_path, finetuned):
 def test_avhubert_large_has_a_place_for_every_tensor():
     """The real sizes, on the meta device: every name and shape of the Large model is asked for, none is left."""
     with torch.device("meta"):
-        ours = VideoEncoder(VideoConfig(**weights.avhubert_config("x", {
+        ours = VideoEncoder(VideoConfig(**weights.avhubert_config({
             "post_extract_proj.weight": torch.empty(1024, 2048),
             "encoder.pos_conv.0.weight": torch.empty(1024, 64, 128),
             **{f"encoder.layers.{n}.fc2.bias": torch.empty(1024) for n in range(24)}})))
