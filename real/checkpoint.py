@@ -101,8 +101,8 @@ def check_together(folder, config):
 
 
 def fixed_digest(config):
-    """A hash of all in config.json that nobody may edit. The paths of real parts may be edited."""
-    return digest({name: value for name, value in config.items() if name not in ("parts", "digest")})
+    """A hash of what nobody may edit in config.json. Thresholds, or the paths of real parts, may be edited."""
+    return digest([config.get(name) for name in ("model", "rates", "tasks")])
 
 
 def load_for_use(ckpt, verify=False, device="auto", **paths):
