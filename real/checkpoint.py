@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from data import load_tokenizer
+from data import TASKS, load_tokenizer
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
 from real.files import CheckpointError, WeightsError, digest, to_json, write_together
@@ -24,6 +24,8 @@ from real.weights import fingerprint, refuse_pointer
 
 FORMAT = 4  # raise it when old checkpoints can no longer be loaded
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")    # the fields of LlamaConfig that describe MoME
+MOST = {"n_layers": 1000, "dim": 100_000, "n_heads": 10_000, "vocab_size": 10_000_000, "ffn_dim": 1_000_000,
+        "n_routed": 10_000, "n_shared": 10_000, "bottleneck": 100_000, "max_tokens": 1_000_000}     # of any model
 PARTS = {"llm": Llama, "audio": AudioEncoder, "video": VideoEncoder}  # the modules that may be real
 FLAGS = {"llm": "--llm", "audio": "--audio-encoder", "video": "--video-encoder"}  # the flags that name their files
 
@@ -87,7 +89,8 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
 
 
 def check_together(folder, config):
-    """Raises CheckpointError if the files of a checkpoint are not of one run, or if one was edited."""
+    """Raises CheckpointError if the files of a checkpoint are not of one run, if sizes are beyond reason,
+    or if the model, its rates or tasks were edited."""
     if "model" in config and config.get("format", 1) < FORMAT:
         raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
     if config.get("format", 1) > FORMAT:
@@ -96,7 +99,15 @@ def check_together(folder, config):
         path = Path(folder, name)
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != written:
             raise CheckpointError(f"{folder}: its {name} is missing, damaged or of another run than its config.json")
-    if config.get("digest", fixed_digest(config)) != fixed_digest(config):
+    for part, sizes in config["model"].items():
+        for name, size in (sizes.items() if isinstance(sizes, dict) else ()):
+            if name in MOST and size > MOST[name]:
+                raise CheckpointError(f"{folder}: damaged: {part}.{name} is {size:,} in config.json, "
+                                      f"at most {MOST[name]:,}")
+    rates = [rate for pair in config.get("rates", ()) for rate in pair]
+    if not set(config.get("tasks", ())) <= set(TASKS) or min(rates, default=1) < 1:
+        raise CheckpointError(f"{folder}: damaged: config.json has tasks or rates that do not exist")
+    if config.get("digest", fixed_digest(config)) != fixed_digest(config):       # older checkpoints have none
         raise CheckpointError(f"{folder}: damaged: its config.json is not as it was written")
 
 

@@ -1,8 +1,8 @@
 """A folder of clips with their transcripts (real/layouts.py) -> training clips and test clips.
 
 Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
-talker. Of a large folder the test clips and some training clips, whose voices make babble, are read at the start, the
-others when they are drawn.
+talker. Of a large folder the test clips and some training clips are read at the start; their voices make babble. The
+other training clips are read when they are drawn.
 """
 import os
 import random

@@ -1,4 +1,4 @@
-"""What train.py and sample.py print: the number of parameters, the table of WERs, subtitles."""
+"""What train.py and sample.py show: the number of parameters, the table of WERs, subtitles."""
 import textwrap
 import time
 
@@ -73,7 +73,7 @@ def stamp(seconds):
 
 
 def write_srt(path, segments):
-    """segments: dicts of start and end in seconds and text. A segment without text gets no subtitle."""
+    """Write a transcript as subtitles. segments: dicts of start and end in seconds, and text, which may be empty."""
     blocks = [f"{i}\n{stamp(segment['start'])} --> {stamp(segment['end'])}\n{textwrap.fill(segment['text'], 42)}\n"
               for i, segment in enumerate((segment for segment in segments if segment["text"]), 1)]
     write_whole(path, lambda temporary: temporary.write_text("\n".join(blocks), "utf-8"))

@@ -280,6 +280,8 @@ class Run:
             if stored != sha256(save(tensors)).digest():
                 raise ValueError("its content is not what this version has written")
             facts = json.loads(tensors.pop("facts").numpy().tobytes())
+            if not all(x.isfinite().all() for x in tensors.values()):
+                raise ValueError("a number in it is none")
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
         if facts["finished"] and facts["settings"] != self.settings:

@@ -55,7 +55,9 @@ def is_text(token):
 
 
 def isolated(pattern, text):
-    """The matches of a compiled pattern and what lies between them, none of them empty; together they are the text."""
+    """The matches of a compiled pattern and what lies between them, in order, none of them empty.
+
+    Together they are the text, which has no NUL in it: data.normalize leaves none."""
     return filter(None, pattern.sub("\0\\g<0>\0", text).split("\0"))
 
 
@@ -147,5 +149,5 @@ def word_pattern(step, path):
 
 def bytes_of_letters():
     """{letter: byte}: GPT-2's table of the letters that stand for bytes in a tokenizer.json."""
-    others = itertools.count(256)          # for bytes that are no printable letter
+    others = itertools.count(256)          # the letters of bytes that cannot be printed
     return {chr(b) if chr(b).isprintable() and b != 32 else chr(next(others)): b for b in range(256)}

@@ -45,13 +45,16 @@ def fingerprint(path, whole=False):
     same layout differs. The first block holds names and shapes in a safetensors file."""
     digest, total = hashlib.sha256(), 0
     for file in weight_files(path):
-        size = file.stat().st_size
-        last = max(0, size - BLOCK)
-        starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
-        with open(file, "rb") as f:
-            for start in starts:
-                f.seek(start)
-                digest.update(f.read(BLOCK))
+        try:
+            size = file.stat().st_size
+            last = max(0, size - BLOCK)
+            starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
+            with open(file, "rb") as f:
+                for start in starts:
+                    f.seek(start)
+                    digest.update(f.read(BLOCK))
+        except OSError as error:
+            raise WeightsError(f"{file}: not readable: {error}") from None
         total += size
     return {"bytes": total, "whole" if whole else "sample": digest.hexdigest()}
 

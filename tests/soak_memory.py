@@ -1,9 +1,9 @@
-"""Memory stays flat: 5,000 steps of stage 3 at small size; the resident memory grows by less than 2 % after the first 200.
+"""Memory stays flat in 5,000 small steps of stage 3: the resident memory grows by less than 2 % after the first 200.
 
     python tests/soak_memory.py [--steps 5000]         a quarter of an hour; not a part of the tests
 
-It reads the resident memory after each step and compares means of 200 steps. Between two steps it goes up and down by 4 %,
-with the clips that are being read.
+The resident memory is read after each step, and means of 200 steps are compared. From step to step it goes up and down
+by 4 %, with the clips that are being read.
 """
 import argparse
 import sys

@@ -289,6 +289,19 @@ def test_a_checkpoint_beyond_reason_is_refused_at_once(tmp_path, change):
     assert time.process_time() - since < 5
 
 
+def test_an_edited_model_is_refused(tmp_path):
+    """Two heads in place of four have the same tensors. A checkpoint without a hash, which an older version made, loads."""
+    path = saved(tmp_path / "a") / "config.json"
+    config = json.loads(path.read_text())
+    written = config.pop("digest")
+    path.write_text(json.dumps(config))
+    load_model(tmp_path / "a")
+    config["model"]["llm"] |= {"n_heads": 2, "head_dim": 16}
+    path.write_text(json.dumps(config | {"digest": written}))
+    with pytest.raises(CheckpointError, match="damaged: its config.json is not as it was written"):
+        load_model(tmp_path / "a")
+
+
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     path = saved(tmp_path / "a") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))

@@ -112,6 +112,9 @@ def test_other_settings_are_refused_and_fresh_starts_anew(whole, stopped, capsys
     assert (stopped / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
 
 
+FACTS = {"no keys": b"{}", "a list": b"[]", "no JSON": b"{", "not UTF-8": b"\xff{}", "settings": b'{"settings": 1, "step": 3}'}
+
+
 def spoil(path, kind):
     content = path.read_bytes()
     if kind == "empty":
@@ -132,15 +135,29 @@ def spoil(path, kind):
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     else:
         tensors = load_file(path)
-        if kind == "a number":
-            tensors["1.exp_avg_sq"][2] *= 1.5
+        if kind == "no facts":
+            del tensors["facts"]
+        elif kind in FACTS:
+            tensors["facts"] = torch.tensor(list(FACTS[kind]), dtype=torch.uint8)
+        elif kind == "facts of numbers":
+            tensors["facts"] = torch.ones(5)
+        elif kind in ("step", "kept"):
+            facts = json.loads(bytes(tensors["facts"].tolist())) | {kind: 10 ** 6}
+            tensors["facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
         elif kind == "no moment":
             del tensors["0.exp_avg"]
+        elif kind == "shape":
+            tensors["0.param"] = torch.zeros(3)
+        elif kind == "moment's shape":
+            tensors["0.exp_avg"] = torch.zeros(3)
+        elif kind == "a number":
+            tensors["1.exp_avg_sq"][2] *= 1.5
+        elif kind == "NaN":
+            tensors["0.param"][0] = torch.nan
+        elif kind == "integers":
+            tensors["0.param"] = tensors["0.param"].int()
         elif kind == "extra":
             tensors["999.param"] = torch.zeros(3)
-        elif kind == "step":
-            facts = json.loads(bytes(tensors["facts"].tolist())) | {"step": 2}
-            tensors["facts"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
         elif kind == "no hash":
             del tensors["digest"]
         elif kind == "of a model":
@@ -148,8 +165,9 @@ def spoil(path, kind):
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "a number",
-                                  "no moment", "extra", "step", "no hash", "of a model"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "text", "pickle", "a byte", "too long", "header's size", "LFS", "no facts",
+                                  *FACTS, "facts of numbers", "step", "kept", "no moment", "shape", "moment's shape",
+                                  "a number", "NaN", "integers", "extra", "no hash", "of a model"])
 def test_a_damaged_state_is_refused(tmp_path, kind):
     def begin():
         torch.manual_seed(0)
@@ -167,6 +185,16 @@ def test_a_damaged_state_is_refused(tmp_path, kind):
     spoil(tmp_path / "state.safetensors", kind)
     with pytest.raises(CheckpointError, match="state.safetensors: damaged, start anew with --fresh"):
         begin()
+
+
+def test_a_state_with_numbers_that_are_none_is_refused(tmp_path):
+    """Its hash is right: the run itself has written it."""
+    trained = [torch.nn.Parameter(torch.tensor([1., torch.nan]))]
+    state = Run(train.TrainConfig(out=str(tmp_path)), [])
+    state.begin(trained, torch.optim.AdamW(trained))
+    state.save(3)
+    with pytest.raises(CheckpointError, match="damaged, start anew with --fresh: a number in it is none"):
+        state.begin(trained, torch.optim.AdamW(trained))
 
 
 def test_the_state_is_written_every_so_many_minutes(tmp_path, monkeypatch):
