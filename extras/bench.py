@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +26,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from data import parse_rates, task_rates
 from extras.baselines import TARGETS, add_lora, lora_rank
+from extras.cost import WORDS_PER_SECOND, costs, encoder_inputs, model_of
 from mome import Llama, LlamaConfig, MoME
+from real.run import prepare_layers
 from real.weights import speed_up
 from sample import KVCache, generate
+from train import PRESETS, TrainConfig
 
 LLAMA_1B = dict(dim=2048, n_heads=32, n_kv_heads=8, ffn_dim=8192, rope_theta=500_000.0)   # Llama 3.2 1B's layers
 SMOLLM2 = dict(vocab_size=49152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, ffn_dim=1536, rope_theta=100_000.0)
@@ -356,6 +360,51 @@ def logits_memory(bench):
            "first_bytes": full - base, "second_bytes": ours - base, "ratio": ratio}
 
 
+def paper_step(bench):
+    """Optimization steps of --preset paper at its real shapes, with random weights: 4 clips of 10 s, all sets of rates.
+
+    The second row recomputes activations (--checkpointing). The last column counts the products of one forward and one
+    backward pass of the LLM, and of the encoders' forward pass; recomputing is not counted."""
+    n_clips, seconds, preset = (1, 2, "") if bench.quick else (4, 10, "paper")
+    config = TrainConfig(**PRESETS["paper"], preset=preset, compile=bench.compile)
+    case = f"{'stand-ins' if bench.quick else 'Llama 3.2 3B, Whisper medium, AV-HuBERT Large'}, {n_clips} x {seconds} s"
+    if preset and bench.device.type != "cuda":
+        yield bench.missing("paper", case, "needs a GPU of 40 GiB or more")
+        return
+    rate_sets, n_words = task_rates("avsr", parse_rates(config.rates)), int(WORDS_PER_SECOND * seconds)
+    counted = [costs(model_of(config), seconds, rates, 1, 7) for rates in rate_sets]
+    products = n_clips * (counted[0]["encoder_flops"] + 2 * sum(row["llm_flops"] for row in counted))
+    model = model_of(config, bench.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    inputs = {}
+    for stream, (x, _) in encoder_inputs(model, seconds).items():
+        x = torch.randn(n_clips, *x.shape[1:], device=bench.device, dtype=x.dtype)
+        inputs[stream] = x, torch.full((n_clips,), x.shape[-1 if stream == "audio" else 2], device=bench.device)
+    transcripts = [torch.randint(model.llm.config.vocab_size, (n_words,)).tolist() for _ in range(n_clips)]
+
+    def step():
+        encoded = model.encode(inputs)
+        for rates in rate_sets:
+            cross_entropy, balance = model.loss(encoded, transcripts, rates)
+            ((cross_entropy + config.balance * balance) / len(rate_sets)).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for checkpointing in (False, True):
+        prepare_layers(model.llm.layers, replace(config, checkpointing=checkpointing))
+        bench.peak_memory(step)                     # a warm-up: the optimizer makes its moments
+        weights, peak = torch.cuda.memory_allocated() if preset else 0, bench.peak_memory(step)
+        took = statistics.median(bench.seconds(step) for _ in range(bench.pairs))
+        row = {"section": "paper", "what": case, "checkpointing": checkpointing, "step_seconds": took,
+               "clips_per_second": n_clips / took, "weights_bytes": weights, "step_bytes": peak, "tflops": products / took / 1e12}
+        memory = f"{weights / 2**30:5.1f} + {(peak or 0) / 2**30:4.1f} GiB"
+        bench.print_row("paper", case, f"{'recomputed, ' if checkpointing else ''}{took:.3f} s a step, {n_clips / took:.2f} "
+                                       f"clips/s, {memory}, {row['tflops']:.3g} TFLOPs/s")
+        yield row
+
+
 def main_job(bench):
     """The seconds that a training run wrote down, by stage."""
     path = Path(bench.out) / "metrics.json"
@@ -422,7 +471,7 @@ def machine(device):
 
 
 SECTIONS = {"layer": layer_paths, "overhead": overhead, "decoding": decoding, "training": training,
-            "memory": logits_memory, "main": main_job}
+            "memory": logits_memory, "paper": paper_step, "main": main_job}
 
 
 def main(argv=None):

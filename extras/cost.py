@@ -145,9 +145,9 @@ def costs(model, seconds, rates, beam, n_prompt):
             "cache_bytes": cache.k.nbytes + cache.v.nbytes, "step_bytes": bytes_for_backward(loss, model)}
 
 
-def model_of(config):
-    """The AVSR of a TrainConfig with its adapter, on the meta device, to be counted."""
-    with torch.device("meta"):
+def model_of(config, device="meta"):
+    """The AVSR of a TrainConfig with its adapter and random weights: on the meta device to be counted."""
+    with torch.device(device):
         model = AVSR(sizes(config))
         add_adapter(model, config, config.tasks.split(","), parse_rates(config.rates))
     for mome in (module for module in model.modules() if isinstance(module, MoME)):

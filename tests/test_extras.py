@@ -8,23 +8,28 @@ from extras import bench, curve
 
 def test_rows_of_the_benchmark(capsys, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"seconds": {"clips": 1.5, "stage 3": 2.0}}))
-    argv = ["--quick", "--pairs", "1", "--json", "--sections", "layer,memory,main", "--out", str(tmp_path)]
+    argv = ["--quick", "--pairs", "1", "--json", "--sections", "layer,memory,paper,main", "--out", str(tmp_path)]
     assert bench.main(argv) == 0
     document = json.loads(capsys.readouterr().out)
     sections = {row["section"] for row in document["rows"]}
-    assert sections == {"layer", "memory", "main job"} and "torch" in document["machine"]
+    assert sections == {"layer", "memory", "paper", "main job"} and "torch" in document["machine"]
     for row in document["rows"]:
         if row["section"] == "layer" and "missing" not in row:
             assert row["ratio"] == pytest.approx(row["first_seconds"] / row["second_seconds"])
     seconds, = (row["seconds"] for row in document["rows"] if row["section"] == "main job")
     assert seconds == {"clips": 1.5, "stage 3": 2.0}
     memory, = (row for row in document["rows"] if row["section"] == "memory")
+    steps = [row for row in document["rows"] if row["section"] == "paper"]
+    assert [row["checkpointing"] for row in steps] == [False, True]
+    assert all(row["clips_per_second"] == pytest.approx(1 / row["step_seconds"]) and row["tflops"] > 0 for row in steps)
     assert "missing" in memory or memory["first_bytes"] > 2 * memory["second_bytes"] > 0
 
 
 def test_a_missing_run_is_said_and_wrong_sections_are_refused(capsys, tmp_path):
     assert bench.main(["--sections", "main", "--out", str(tmp_path)]) == 0
     assert "no " + str(tmp_path / "metrics.json") in capsys.readouterr().out
+    assert bench.main(["--sections", "paper", "--device", "cpu"]) == 0
+    assert "needs a GPU of 40 GiB" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--sections", "layers"])
     assert "--sections are some of layer," in capsys.readouterr().err
