@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import parse_rates, task_rates
 from extras.baselines import TARGETS, add_lora, lora_rank
-from extras.cost import WORDS_PER_SECOND, costs, encoder_inputs, model_of
+from extras.cost import WORDS_PER_SECOND, costs, encoder_inputs, model_of, prompt_tokens
 from mome import Llama, LlamaConfig, MoME
 from real.run import prepare_layers
 from real.weights import speed_up
@@ -151,6 +151,7 @@ def layer_paths(bench):
     for D, n_shared, R in shapes:
         mome = randomised(MoME(D, 23, 4, n_shared, R)).to(bench.device, bench.dtype)
         peer, reason = mixtral(D, 23, 4, R, bench)
+        peer_name = "Mixtral" + ", loop" * (R * bench.dtype.itemsize % 16 > 0)
         for n_tokens in token_counts:
             x = torch.randn(1, n_tokens, D, device=bench.device, dtype=bench.dtype, requires_grad=True)
             for backward in (False, True):
@@ -167,7 +168,7 @@ def layer_paths(bench):
                 yield bench.row("layer", case, path("loop"), path("auto"), ("loop", auto))
                 yield bench.row("layer", case, path("loop"), path("grouped"), ("loop", "grouped"))
                 if peer is not None:
-                    yield bench.row("layer", case, step_of(peer, x, backward), path("auto"), ("Mixtral", auto))
+                    yield bench.row("layer", case, step_of(peer, x, backward), path("auto"), (peer_name, auto))
         if peer is None:
             yield bench.missing("layer", "Mixtral's experts as a peer", reason)
 
@@ -183,7 +184,8 @@ def mixtral(dim, n_experts, top_k, width, bench):
         return None, f"transformers 5 is not installed ({error})"
     config = MixtralConfig(hidden_size=dim, intermediate_size=width, num_local_experts=n_experts,
                            num_experts_per_tok=top_k)
-    config._experts_implementation = "grouped_mm"  # as in a whole Mixtral
+    # As in a whole Mixtral, or one by one: grouped_mm wants rows of whole 16 bytes.
+    config._experts_implementation = "eager" if width * bench.dtype.itemsize % 16 else "grouped_mm"
     block = MixtralSparseMoeBlock(config)
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)
@@ -361,27 +363,24 @@ def logits_memory(bench):
 
 
 def paper_step(bench):
-    """Optimization steps of --preset paper at its real shapes, with random weights: 4 clips of 10 s, all sets of rates.
+    """Optimization steps of --preset paper at its real shapes, with random weights: clips of 10 s, all sets of rates.
 
-    The second row recomputes activations (--checkpointing). The last column counts the products of one forward and one
-    backward pass of the LLM, and of the encoders' forward pass; recomputing is not counted."""
-    n_clips, seconds, preset = (1, 2, "") if bench.quick else (4, 10, "paper")
+    "recomputed" is --checkpointing. The last column counts the products of one forward and one backward pass of the LLM,
+    and of the encoders' forward pass. What is recomputed is not counted."""
+    seconds, preset = (2, "") if bench.quick else (10, "paper")
     config = TrainConfig(**PRESETS["paper"], preset=preset, compile=bench.compile)
-    case = f"{'stand-ins' if bench.quick else 'Llama 3.2 3B, Whisper medium, AV-HuBERT Large'}, {n_clips} x {seconds} s"
+    case = "stand-ins" if bench.quick else "Llama 3.2 3B, Whisper medium, AV-HuBERT Large"
     if preset and bench.device.type != "cuda":
         yield bench.missing("paper", case, "needs a GPU of 40 GiB or more")
         return
     rate_sets, n_words = task_rates("avsr", parse_rates(config.rates)), int(WORDS_PER_SECOND * seconds)
-    counted = [costs(model_of(config), seconds, rates, 1, 7) for rates in rate_sets]
-    products = n_clips * (counted[0]["encoder_flops"] + 2 * sum(row["llm_flops"] for row in counted))
+    empty = model_of(config)
+    counted = [costs(empty, seconds, rates, 1, prompt_tokens(config)) for rates in rate_sets]
+    products = counted[0]["encoder_flops"] + 2 * sum(row["llm_flops"] for row in counted)      # of a clip
     model = model_of(config, bench.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    inputs = {}
-    for stream, (x, _) in encoder_inputs(model, seconds).items():
-        x = torch.randn(n_clips, *x.shape[1:], device=bench.device, dtype=x.dtype)
-        inputs[stream] = x, torch.full((n_clips,), x.shape[-1 if stream == "audio" else 2], device=bench.device)
-    transcripts = [torch.randint(model.llm.config.vocab_size, (n_words,)).tolist() for _ in range(n_clips)]
+    usual = [layer.forward for layer in model.llm.layers]
 
     def step():
         encoded = model.encode(inputs)
@@ -392,16 +391,26 @@ def paper_step(bench):
         optimizer.step()
         optimizer.zero_grad()
 
-    for checkpointing in (False, True):
+    for n_clips, checkpointing in ((1, False), (1, True)) if bench.quick else ((4, False), (16, False), (16, True)):
+        inputs = {}
+        for stream, (x, _) in encoder_inputs(model, seconds).items():
+            x = torch.randn(n_clips, *x.shape[1:], device=bench.device, dtype=x.dtype)
+            length = x.shape[-1] if stream == "audio" else x.shape[2]
+            inputs[stream] = x, torch.full((n_clips,), length, device=bench.device)
+        transcripts = [torch.randint(model.llm.config.vocab_size, (n_words,)).tolist() for _ in range(n_clips)]
+        for layer, forward in zip(model.llm.layers, usual):
+            layer.forward = forward                 # without what the row before added
         prepare_layers(model.llm.layers, replace(config, checkpointing=checkpointing))
-        bench.peak_memory(step)                     # a warm-up: the optimizer makes its moments
-        weights, peak = torch.cuda.memory_allocated() if preset else 0, bench.peak_memory(step)
+        step()                                      # a warm-up: the optimizer makes its moments, layers are compiled
+        weights = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+        peak = bench.peak_memory(step)
         took = statistics.median(bench.seconds(step) for _ in range(bench.pairs))
-        row = {"section": "paper", "what": case, "checkpointing": checkpointing, "step_seconds": took,
-               "clips_per_second": n_clips / took, "weights_bytes": weights, "step_bytes": peak, "tflops": products / took / 1e12}
-        memory = f"{weights / 2**30:5.1f} + {(peak or 0) / 2**30:4.1f} GiB"
-        bench.print_row("paper", case, f"{'recomputed, ' if checkpointing else ''}{took:.3f} s a step, {n_clips / took:.2f} "
-                                       f"clips/s, {memory}, {row['tflops']:.3g} TFLOPs/s")
+        how = ", recomputed" * checkpointing + ", compiled" * bench.compile
+        row = {"section": "paper", "what": f"{case}, {n_clips} x {seconds} s{how}", "step_seconds": took,
+               "clips_per_second": n_clips / took, "weights_bytes": weights, "step_bytes": peak,
+               "tflops": n_clips * products / took / 1e12}
+        bench.print_row("paper", row["what"], f"{took:.3f} s a step, {n_clips / took:.2f} clips/s, {weights / 2**30:.1f} + "
+                                              f"{(peak or 0) / 2**30:.1f} GiB, {row['tflops']:.3g} TFLOPs/s")
         yield row
 
 

@@ -104,7 +104,8 @@ class Features:
                 size = max(1, int(BATCH_SECONDS / jobs[-1][0].duration))
                 batches.append(jobs[-size:])
                 del jobs[-size:]
-        with ThreadPoolExecutor(2) as workers, tqdm(total=sum(map(len, batches)), desc="encoding clips") as progress:
+        n_workers = 2 if self.model.device.type == "cpu" else os.cpu_count()        # else to distort sound takes longest
+        with ThreadPoolExecutor(n_workers) as workers, tqdm(total=sum(map(len, batches)), desc="encoding clips") as progress:
             for n_clips in workers.map(self.encode, batches):
                 progress.update(n_clips)
 

@@ -87,10 +87,11 @@ def probe(path):
     if is_pointer(path):
         raise clip_error(path, "a Git LFS pointer, not the clip; fetch it with: git lfs pull")
     command = [ffmpeg(), "-hide_banner", "-i", f"file:{path}"]
-    stderr = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
-    text = stderr.decode(errors="replace")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    text = done.stderr.decode(errors="replace")
     if "Input #0" not in text:
-        raise clip_error(path, f"not readable as media; ffmpeg says: {first_words(stderr) or 'nothing'}")
+        complaint = first_words(done.stderr) or f"nothing ({done.returncode})"
+        raise clip_error(path, f"not readable as media; ffmpeg says: {complaint}")
     streams = [line for line in re.findall(r"^ *Stream #0:\d.*$", text, re.M) if "(attached pic)" not in line]
     sounds, videos = ([line for line in streams if f": {kind}: " in line] for kind in ("Audio", "Video"))
     if not sounds and not videos:

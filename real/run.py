@@ -150,13 +150,20 @@ def split_step(clips, transcripts, config):
 
 
 def prepare_layers(layers, config):
-    """--checkpointing: a layer computes its activations again in the backward pass. --compile: by torch.compile."""
+    """In training --compile computes a layer by torch.compile; --checkpointing computes it again in the backward pass.
+
+    Tests use neither: decoding would compile a layer for each number of stored tokens."""
+    def in_turn(usual, trained):
+        return lambda *x, **attention: (trained if torch.is_grad_enabled() else usual)(*x, **attention)
+
     for layer in layers:
+        usual = trained = layer.forward
         if config.compile:
             torch._dynamo.config.recompile_limit = 64       # a layer is compiled for each number of clips in a part
-            layer.compile(dynamic=True)
-        if config.checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            trained = torch.compile(trained, dynamic=True)
+        if config.checkpointing:                            # no layer draws random numbers
+            trained = partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = in_turn(usual, trained)
 
 
 def prefetched(make, first, steps, ahead=4):

@@ -104,7 +104,7 @@ def test_sample_reads_it_with_the_real_tokenizer_and_mel_bands(parts, real, caps
     model, config, tokenizer = checkpoint.load_for_use(str(real))
     assert model.config.audio.n_mels == 128 and model.config.video.picture == 96
     clips = [read_clip(json.loads(line)["clip"], size=96, n_mels=128) for line in lines]
-    encoded = [model.encode(data.batch([clip], ["audio", "video"])) for clip in clips]
+    encoded = [model.encode(data.to_device(data.batch([clip], ["audio", "video"]), model.device)) for clip in clips]
     ids = [generate(model, x, {"audio": 2, "video": 2})[0][0] for x in encoded]
     texts = [data.normalize(tokenizer.decode(i)) for i in ids]
     assert all(ids) and [json.loads(line)["text"] for line in lines] == texts

@@ -34,7 +34,8 @@ STEPS = 6
 
 
 def command(out, *more):
-    return [*TRAINED, "--steps", str(STEPS), "--out", str(out), "--cache", str(out.parent / "cache"), *map(str, more)]
+    return [*TRAINED, "--steps", str(STEPS), "--device", "cpu", "--out", str(out), "--cache", str(out.parent / "cache"),
+            *map(str, more)]
 
 
 @pytest.fixture(scope="module", autouse=True)

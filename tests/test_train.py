@@ -344,6 +344,7 @@ def test_frozen_parts_are_bit_identical_to_stages_1_and_2(trained):
     assert any(model[k].abs().sum() > 0 for k in model if k.endswith("mome.up"))  # and stage 3 did train
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not add up in a fixed order")
 def test_same_seed_same_bytes_cached_or_not_and_eval_only(trained, tmp_path, capfd):
     assert train.main([*TRAINED, "--out", str(tmp_path / "cached"), "--cache", str(trained / "cache")]) == 0
     assert capfd.readouterr().out.count("found in") == 3
