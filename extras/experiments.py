@@ -91,7 +91,7 @@ def real_lists():
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
     an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --copies"
     both = f"--data {{runs}}/open {frozen} --rates-per-step 1"
-    longer, shorter = f"{both} --copies 2 --steps 3000 --valid-every 500", f"{both} --copies 1 --steps 1600 --valid-every 200"
+    longer, shorter = f"{both} --copies 2 --steps 3000 --valid-every 500", f"{both} --copies 1 --steps 1600 --valid-every 400"
     gpu = "--device cuda"
     decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
     return {
