@@ -6,8 +6,9 @@
     python -m extras.bench --out DIR          also the seconds of the training run in DIR, by stage
 
 The two ways are timed in turn, in one process on one machine. Each row gives the median over the pairs of the ratio of
-their times (or memory): above 1, the second way is better. On a GPU the same is measured in bf16 by CUDA events. Some
-rows compare with `transformers` and need it (requirements-test.txt). --plot needs matplotlib (extras/requirements.txt).
+their times (or memory): above 1, the second way is better. Rows of `paper` and `main` give seconds. On a GPU the same is
+measured in bf16 by CUDA events. Some rows compare with transformers (requirements-test.txt) or with peft. peft, and
+matplotlib for --plot, are in extras/requirements.txt.
 """
 import argparse
 import copy
@@ -371,7 +372,7 @@ def paper_step(bench):
     config = TrainConfig(**PRESETS["paper"], preset=preset, compile=bench.compile)
     case = "stand-ins" if bench.quick else "Llama 3.2 3B, Whisper medium, AV-HuBERT Large"
     if preset and bench.device.type != "cuda":
-        yield bench.missing("paper", case, "needs a GPU of 40 GiB or more")
+        yield bench.missing("paper", case, "needs a GPU of 24 GiB or more")
         return
     rate_sets, n_words = task_rates("avsr", parse_rates(config.rates)), int(WORDS_PER_SECOND * seconds)
     empty = model_of(config)
@@ -490,7 +491,7 @@ def main(argv=None):
     add("--sections", default=",".join(SECTIONS), help="comma-separated (default %(default)s)")
     add("--quick", action="store_true", help="small shapes, under a minute")
     add("--pairs", type=int, default=21, help="measured pairs of each row (default %(default)s)")
-    add("--compile", action="store_true", help="torch.compile both ways of the overhead section")
+    add("--compile", action="store_true", help="torch.compile in the overhead and paper sections")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", default="out", help="folder of a training run, for its seconds (default %(default)s)")
     add("--json", action="store_true", help="one JSON document on stdout, the table on stderr")

@@ -1,6 +1,6 @@
 """Whisper with its own decoder on the test clips of a folder: what the encoder alone could give (needs transformers).
 
-    python -m extras.own_decoder whisper-base ../shared/librispeech      prints the WER after data.normalize
+    python -m extras.own_decoder whisper-base librispeech                prints the WER after data.normalize
     python -m extras.own_decoder whisper-base DIR --results librispeech  adds it to extras/results.csv as well
 
 Clips are padded to 30 s, as Whisper was trained. Whisper writes numbers as digits, which counts as wrong where a

@@ -108,7 +108,7 @@ def parameters(rows, columns):
 
 
 def by_variant(rows, train_rates, variants):
-    """A line for each {title: (method, variant)}, a column for each of four conditions."""
+    """A line for each {title: (method, variant)}, a column for each of five conditions."""
     found = {title: chosen(rows, method=method, variant=variant, train_rates=train_rates)
              for title, (method, variant) in variants.items()}
     lines = []
@@ -166,7 +166,7 @@ def tables(rows):
     ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
-              for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
+              for title in ("MoME", "projectors only") for variant in ("1,600 steps", "", "beam 5")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),

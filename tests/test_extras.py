@@ -29,7 +29,7 @@ def test_a_missing_run_is_said_and_wrong_sections_are_refused(capsys, tmp_path):
     assert bench.main(["--sections", "main", "--out", str(tmp_path)]) == 0
     assert "no " + str(tmp_path / "metrics.json") in capsys.readouterr().out
     assert bench.main(["--sections", "paper", "--device", "cpu"]) == 0
-    assert "needs a GPU of 40 GiB" in capsys.readouterr().out
+    assert "needs a GPU of 24 GiB" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--sections", "layers"])
     assert "--sections are some of layer," in capsys.readouterr().err
