@@ -60,6 +60,7 @@ class Bench:
             work()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         start.record()
         work()
         end.record()

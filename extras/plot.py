@@ -166,7 +166,7 @@ def tables(rows):
     ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
-              for title in ("MoME", "projectors only") for variant in ("1,600 steps", "", "beam 5")}
+              for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),

@@ -128,7 +128,7 @@ def similarity_picture(figure, model, encoded, rate_sets, names):
             ticks.append(n + len(rows[-1]) / 2)
             labels.append(f"{names[stream]}, {rate}")
             n += len(rows[-1])
-    x = torch.nn.functional.normalize(torch.cat(rows).cpu(), dim=-1)
+    x = torch.nn.functional.normalize(torch.cat(rows).float().cpu(), dim=-1)
     figure.set_size_inches(7.2, 6.2)
     panel = figure.subplots()
     image = panel.imshow((x @ x.T).numpy(), "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")

@@ -81,7 +81,7 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
         check_together(folder, config)
         return read_model(folder, config, paths or {}, verify, device), config
-    except (CheckpointError, WeightsError):
+    except (CheckpointError, WeightsError, torch.OutOfMemoryError):
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

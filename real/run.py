@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -102,8 +102,9 @@ def together(operation, *arguments):
     """One operation of torch.distributed, which all processes do. Raises TrainingError if one of them has ended."""
     try:
         operation(*arguments)
-    except RuntimeError:
-        raise TrainingError("another process of this run has ended; what it wrote says why") from None
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"another process of this run has ended; what it wrote says why ({reason})") from None
 
 
 @contextmanager
@@ -156,14 +157,29 @@ def prepare_layers(layers, config):
     def in_turn(usual, trained):
         return lambda *x, **attention: (trained if torch.is_grad_enabled() else usual)(*x, **attention)
 
+    def contexts(layer):
+        return nullcontext(), routing_kept(layer.mome)
+
     for layer in layers:
         usual = trained = layer.forward
         if config.compile:
             torch._dynamo.config.recompile_limit = 64       # a layer is compiled for each number of clips in a part
             trained = torch.compile(trained, dynamic=True)
         if config.checkpointing:                            # no layer draws random numbers
-            trained = partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=False)
+            trained = partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=False,
+                              context_fn=partial(contexts, layer))
         layer.forward = in_turn(usual, trained)
+
+
+@contextmanager
+def routing_kept(mome):
+    """In this block a layer is computed again. What `balance_loss` has read stays: new tensors would keep a graph."""
+    routed = mome and mome.routed
+    try:
+        yield
+    finally:
+        if mome:
+            mome.routed = routed
 
 
 def prefetched(make, first, steps, ahead=4):

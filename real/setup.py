@@ -57,6 +57,8 @@ def check_config(config):
         raise ValueError("--pad-audio is for Whisper: name it by --audio-encoder")
     if config.checkpointing and config.method in ("mome-routers", "lora-ms", "lora-mss"):
         raise ValueError(f"--checkpointing: not with --method {config.method}, whose layers have a copy for each set of rates")
+    if config.compile and config.method in ("lora-ms", "lora-mss"):
+        raise ValueError(f"--compile: not with --method {config.method}; choosing a copy at each step leaves nothing to fuse")
     if config.method in ("mome-routers", "mome-bias") and not config.n_routed:
         raise ValueError(f"--method {config.method} is about the router: --n-routed must be 1 or more")
     if config.method == "mome-teacher" and config.rates_per_step == "1":

@@ -216,6 +216,7 @@ def test_the_preset_needs_only_what_its_tasks_use(argv):
     (["--preset", "paper"], "--preset paper with --tasks avsr needs --llm, --audio-encoder, --video-encoder and --data"),
     ("--preset paper --tasks asr --llm x --data x".split(), "with --tasks asr needs --llm, --audio-encoder and --data"),
     ("--preset paper --dry-run --checkpointing".split(), "--dry-run does not count what --checkpointing saves"),
+    ("--method lora-ms --compile".split(), "--compile: not with --method lora-ms"),
     (["--audio-encoder", "x"], "--data")])
 def test_flags_that_need_others(argv, said, capsys):
     with pytest.raises(SystemExit) as end:

@@ -25,8 +25,9 @@ import data
 import sample
 import train
 from data import Clip
-from mome import Llama, LlamaConfig
+from mome import AVSR, Llama, LlamaConfig
 from real import run
+from real.checkpoint import load_model
 from real.files import CheckpointError
 from real.run import Run
 
@@ -430,12 +431,45 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(whole, module, capsys, monkeypa
     assert "--device auto: torch cannot use a GPU here (" in capsys.readouterr().err
 
 
+def test_a_full_gpu_is_no_damaged_checkpoint(whole, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    monkeypatch.setattr(AVSR, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(str(whole))
+
+
 # --- parts of a step, processes ---
 
 def test_a_step_in_parts_has_the_same_loss(whole):
     outs, even = (whole.parent / "in-parts", whole.parent / "undivided"), ("--balance", 0)     # balance is that of a part
     assert train.main(command(outs[0], "--accumulate", 2, "--checkpointing", *even)) == train.main(command(outs[1], *even)) == 0
     assert losses(outs[0]) == pytest.approx(losses(outs[1]), abs=1e-4)
+
+
+def test_layers_of_a_training_step_and_of_a_test(tiny, monkeypatch):
+    """Training layers are compiled and computed again; tests use neither. Computing again replaces no routing, which has a graph."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: lambda *x, **attention: (compiled.append(1), forward(*x, **attention))[1])
+    prefixes, labels = [torch.randn(6, 32, requires_grad=True) for _ in range(2)], [torch.tensor([3, 4]), torch.tensor([5])]
+
+    def gradients():
+        tiny.zero_grad()
+        tiny.llm.transcript_loss(prefixes, labels).backward()
+        return [p.grad.clone() for p in tiny.parameters() if p.grad is not None]
+    usual = gradients()
+    run.prepare_layers(tiny.llm.layers, SimpleNamespace(compile=True, checkpointing=True))
+    with torch.no_grad():
+        tiny.llm.transcript_loss(prefixes, labels)
+    assert not compiled
+    loss = tiny.llm.transcript_loss(prefixes, labels)
+    routed = [layer.mome.routed for layer in tiny.llm.layers]
+    assert len(compiled) == 2 and all(routed)
+    tiny.zero_grad()
+    loss.backward()
+    assert len(compiled) == 4 and all(layer.mome.routed is kept for layer, kept in zip(tiny.llm.layers, routed))
+    again = [p.grad for p in tiny.parameters() if p.grad is not None]
+    assert len(usual) == len(again) and all(torch.allclose(x, y, atol=1e-6) for x, y in zip(usual, again))
 
 
 def test_two_processes_compute_what_one_does(whole):

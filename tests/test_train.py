@@ -512,7 +512,7 @@ def test_calibration(tiny, talker_clips, monkeypatch):
     assert threshold == pytest.approx(-.139)      # of the clean clips; the noisy ones alone would allow -.339
 
 
-def test_every_cell_of_the_table_is_decoded_at_its_noise_and_rates(tiny, talker_clips):
+def test_every_cell_of_the_table_is_decoded_at_its_noise_and_rates(tiny, talker_clips, monkeypatch):
     pairs, tokenizer = [(4, 2), (8, 8)], SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     found = sample.decode_all(tiny, talker_clips, sample.fixed_plan(["avsr", "vsr"], pairs), [None, 0., -5.], tokenizer)
     logprobs = {key: [logprob for _, _, logprob, _ in rows] for key, rows in found.items()}
@@ -524,6 +524,11 @@ def test_every_cell_of_the_table_is_decoded_at_its_noise_and_rates(tiny, talker_
             expected = [answer[1] for answer in sample.decode(tiny, encoded, {"audio": a, "video": v})]
             assert logprobs[("avsr", a, v), snr] == pytest.approx(expected, abs=1e-5)
     assert len({tuple(x) for x in logprobs.values()}) == len(logprobs) == 6 + 2          # lips are read clean alone
+    encode, sizes = tiny.encode, []
+    monkeypatch.setattr(tiny, "encode", lambda features: (sizes.append(len(features["audio"][0])), encode(features))[1])
+    monkeypatch.setattr(sample, "TEST_SECONDS", 2 * ordered[-1].duration + 1)            # long clips go in smaller groups
+    again = sample.decode_all(tiny, talker_clips, sample.fixed_plan(["avsr"], pairs), [None], tokenizer)
+    assert sorted(sizes) == [1, 2, 2] and all([y for _, y, *_ in again[key]] == [y for _, y, *_ in found[key]] for key in again)
 
 
 def test_stage_1_meets_no_tested_sentence(tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def begin_on_talker(stream, encoder, tested, config, cache, device):
 
     steps = getattr(config, f"{stream}_steps")
     tested = tested & set(grid_sentences("train"))           # what the talker says
-    key = ["talker", config.seed, device.type, config.clips, asdict(encoder.config), steps, sorted(tested)]
+    key = ["talker", config.seed, config.clips, asdict(encoder.config), steps, sorted(tested)]
     encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
 
 
@@ -220,7 +220,7 @@ def learn_encoder(stream, encoder, clips, units, of_clips, alignments, tested, c
     steps = config.ctc_steps if is_real else getattr(config, f"{stream}_steps")
     torch.manual_seed(config.seed)
     new = type(encoder)(encoder.config)
-    key = [config.seed, device.type, of_clips, asdict(encoder.config), steps]
+    key = [config.seed, of_clips, asdict(encoder.config), steps]
     if is_real:
         begin_on_talker(stream, new, tested, config, cache, device)
         key += [config.clips, config.audio_steps, config.video_steps, sorted(tested), bool(alignments), REACH]
@@ -285,7 +285,7 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
     units = sorted({unit for word in common_words(texts) for unit in spell(word)})
     of_clips = clips_digest(clips) if set(model.encoders) - set(given) else ""
     plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
-    key = [seed, device.type, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
+    key = [seed, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
     is_there = "llm" in given or cache_file(cache, "llama", key).is_file()      # then it needs no process
     process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), begin_worker)
     with (ThreadPoolExecutor(1) if is_there else process((torch.get_num_threads(),))) as beside:
