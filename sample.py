@@ -117,8 +117,8 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
         x = llm.embed_tokens(chosen[:, None])                                # (B * W, 1, D)
         last = llm.hidden_states(x, positions=positions, cache=cache)[:, 0]
     n_tokens = (tokens != eos).sum(-1).view(B, W)
-    means = (scores / (n_tokens + done.view(B, W)).clamp(min=1)).cpu()
-    tokens, n_tokens = tokens.view(B, W, -1).cpu(), n_tokens.cpu()
+    means = scores / (n_tokens + done.view(B, W)).clamp(min=1)
+    tokens = tokens.view(B, W, -1)
     answers = []
     for b, w in enumerate(means.argmax(-1).tolist()):
         ids = tokens[b, w, :n_tokens[b, w]].tolist()
@@ -234,8 +234,8 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     used = task_streams(task for task, _ in plan.values())
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     longest = max(clip.duration for clip in clips)
-    most = max(1, min(TEST_BATCH // beam, int(TEST_SECONDS / longest)))
-    chunks = list(alike(clips, most, lambda clip: clip.streams))
+    size = min(TEST_BATCH / beam, TEST_SECONDS / longest)
+    chunks = list(alike(clips, max(1, int(size)), lambda clip: clip.streams))
 
     def decode_chunk(chunk):
         results, encoded = {}, {}
