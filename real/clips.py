@@ -59,7 +59,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             hole = max(hole, longest_hole(wave, frames))
             if end - start < MIN_FRAMES:
                 continue
-            if wave is not None and np.abs(wave).max() < 1e-4:
+            powers = np.zeros(1) if wave is None else np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1)
+            if wave is not None and powers.max() <= 10 ** (media.SILENCE / 10):
                 wave, unused = None, unused | {"sound is silent"}
             if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
@@ -108,8 +109,7 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    is_sound = not source.picture_size and abs(source.start) < ADDED     # then the header tells how long the sound is
-    if (source.complaints or is_sound) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
+    if (source.complaints or has_known_length(source)) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
         says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read{says}")
     if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
@@ -119,6 +119,11 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
     for reason in sorted(unused):
         note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
+
+
+def has_known_length(source):
+    """Whether the header of a file tells how long its sound is: it has no pictures, and begins at 0."""
+    return not source.picture_size and abs(source.start) < ADDED
 
 
 def speech_over_time(source, selected, lips, max_frames):
@@ -133,6 +138,8 @@ def speech_over_time(source, selected, lips, max_frames):
         if selected.has_sound:
             raise
         level = np.zeros(0)
+    if has_known_length(source) and 0 < len(level) < (1 - MISSING) * source.claimed * FPS:
+        note(f"{shown(source.path)}: only {len(level) / FPS:.1f} of {source.claimed:.1f} s of sound can be read")
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)
     heard = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), rise=6)

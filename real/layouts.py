@@ -28,7 +28,7 @@ from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 SYNONYMS = {"train": "train training trainval pretrain trainset", "test": "test testing testset eval",
             "valid": "valid validation val dev development devset"}
 SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
-KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?")     # folders named for what is in them
+KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?|\d+k")     # folders named for what is in them
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
 LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
@@ -57,6 +57,10 @@ def recognise(folder):
         for below in sorted(below_it):
             if (name := by_tables(below)[0]):
                 raise clip_error(folder, f"layout {name} is in {shown(below)}, below it; give that folder")
+        for path in in_lower_case(folder).values():
+            if path.name.lower() in LISTS and not any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES):
+                raise clip_error(path, "a list without its clips: LRS2's lies beside main/, Common Voice's beside clips/; "
+                                       "move it there, or away")
         name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
     used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
     others = [path for path in names if path not in used and os.path.splitext(path)[1].lower() not in TEXTS]
@@ -86,16 +90,22 @@ def by_files(folder, files):
     return "LRS3" if is_lrs3 else "transcripts beside the clips", listed
 
 
-def files_below(folder, above=()):
-    """Yield the names of the files below a folder. Links are followed, but not into a folder that they stand in."""
-    real = os.path.realpath(folder)
-    for found in os.scandir(folder):
-        if found.name.startswith("."):
+def files_below(folder):
+    """Yield the names of the files below a folder. Links to folders are followed last, but no folder is read twice."""
+    places, links, seen = [folder], [], set()
+    while places or links:
+        place = places.pop() if places else links.pop()
+        if (real := os.path.realpath(place)) in seen:
+            note(f"{shown(place)}: a link to a folder that is read already")
             continue
-        if not (os.path.isdir(found) if found.is_symlink() else found.is_dir()):
-            yield found.path.removeprefix("./")                # as in str(Path(folder, name))
-        elif os.path.realpath(found) not in (*above, real):
-            yield from files_below(found.path, (*above, real))
+        seen.add(real)
+        for found in sorted(os.scandir(place), key=lambda found: found.name):
+            if found.name.startswith("."):
+                continue
+            if not (os.path.isdir(found) if found.is_symlink() else found.is_dir()):
+                yield found.path.removeprefix("./")            # as in str(Path(folder, name))
+            else:
+                (links if found.is_symlink() else places).append(found.path)
 
 
 def read_text(path):
@@ -165,9 +175,9 @@ def manifest(folder):
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
-        text, first = seen.setdefault(os.path.normpath(folder / row["path"]), (row["text"], line))
-        if text != row["text"]:
-            raise clip_error(path, f"line {line}: {row['path']!r} has another text on line {first}; "
+        before, first = seen.setdefault(os.path.normpath(folder / row["path"]), (row, line))
+        if others := [name for name in ("text", "split") if before.get(name) != row.get(name)]:
+            raise clip_error(path, f"line {line}: {row['path']!r} has another {others[0]} on line {first}; "
                                    "cut the clip, or keep one line")
         if "://" in row["path"]:
             raise clip_error(path, f"line {line}: {row['path']!r} is an address, not a file; download it first")
@@ -262,7 +272,8 @@ def side_by_side(folder, files):
         if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
             own = folders(path, folder)
             alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
-            source = max(alike, default=(0, None))[1]
+            best = [align for n, align in alike if n == max(alike)[0]]
+            source = best[0] if len(set(map(read_text, best))) == 1 else None
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
@@ -309,7 +320,7 @@ def transcript(entry):
         words = [" ".join(line.split()[2:]) for line in lines]
         if "" in words:
             raise clip_error(source, f"line {lines[words.index('')]!r}, expected its start, its end and a word")
-        return " ".join(word for word in words if word not in ("sil", "sp"))
+        return " ".join(word for word in words if word.lower() not in ("sil", "sp"))
     if lines and any(source.with_suffix(suffix).is_file() for suffix in (".PHN", ".phn", ".WRD", ".wrd")):
         return re.sub(r"^\d+ \d+ ", "", lines[0])    # TIMIT: the first and the last sample, and the words
     if lines and lines[0].startswith("Text:"):  # LRS: other facts follow

@@ -127,7 +127,7 @@ def note_if_joined(path, text, streams):
     text: what ffmpeg says of the file; streams: its lines about streams."""
     rates, total = re.findall(r" (\d+) kb/s", "".join(streams)), re.search(r"^  Duration: .*bitrate: (\d+)", text, re.M)
     has_index = re.search(r"^Input #0, (wav|aiff|mov)", text, re.M) and "(attached pic)" not in text
-    if has_index and total and len(rates) == len(streams) and int(total[1]) > 1.5 * sum(map(int, rates)):
+    if has_index and total and len(rates) == len(streams) and int(total[1]) > 1.5 * sum(map(int, rates)) + 16:       # the index takes some
         note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
 
 
@@ -168,7 +168,7 @@ def choose_sound(source, tracks):
     if len(order) > 1:
         note(f"{shown(source.path)}: {len(order)} sound tracks; read is number {i + 1}")
     loudest = int(np.argmax(channels))
-    if mixed < channels[loudest] - 20:
+    if mixed < channels[loudest] - 9:           # a usual mix is 6 dB below the loudest at most
         mix = f"pan=mono|c0=c{loudest}"
         note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; "
              f"read is channel {loudest + 1}")

@@ -7,7 +7,7 @@ import regex
 
 from real.files import note, write_whole
 
-SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+SPACELESS = r"[\p{lb=SA}\p{lb=ID}\p{lb=CJ}\p{Han}\p{Tibetan}]"      # Unicode's classes of where a line may break
 
 
 class Stopwatch(dict):
@@ -36,7 +36,7 @@ def error_rates(references, hypotheses):
     rates = {"wer": jiwer.wer(references, hypotheses)}
     if len(set(references)) >= 10 and len(set(hypotheses)) == 1:
         note(f"all {len(references)} clips get the same text, {hypotheses[0]!r}: the model does not listen yet")
-    letters = "".join(references)
+    letters = "".join(references).replace(" ", "")
     if len(regex.findall(SPACELESS, letters)) > len(letters) / 2:
         texts = [[text.replace(" ", "") for text in side] for side in (references, hypotheses)]
         rates["cer"] = jiwer.cer(*texts)

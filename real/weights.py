@@ -120,6 +120,8 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
         new = tensors[source]
         if new.shape != old.shape:
             raise WeightsError(f"{path}: {source!r} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+        if new.is_floating_point() != old.is_floating_point():
+            raise WeightsError(f"{path}: {source!r} holds {new.dtype}: quantised weights are not supported; take those in bf16")
         weights[name] = new.to(dtype) if new.is_floating_point() else new
     extra = sorted(name for name in tensors.keys() - set(map(file_name, weights)) if not re.match(unused, name))
     if extra:
@@ -187,9 +189,10 @@ def llama_config(folder):
 def llama_ids(folder):
     """The token ids (bos, eos) of an HF Llama. If the folder lists several, the first counts."""
     c = read_config(folder, "llama")
-    bos, eos = (ids[0] if isinstance(ids, list) else ids for ids in (c.get("bos_token_id"), c.get("eos_token_id")))
-    if not isinstance(bos, int) or not isinstance(eos, int):
-        raise WeightsError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r} in config.json, expected two ids")
+    bos, eos = (ids[0] if isinstance(ids, list) and ids else ids for ids in (c.get("bos_token_id"), c.get("eos_token_id")))
+    if not all(isinstance(token, int) and 0 <= token < c["vocab_size"] for token in (bos, eos)):
+        raise WeightsError(f"{folder}: bos_token_id {bos!r}, eos_token_id {eos!r} in config.json, expected two ids below "
+                           f"vocab_size {c['vocab_size']}")
     return bos, eos
 
 

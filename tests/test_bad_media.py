@@ -328,6 +328,7 @@ def test_good_transcripts(good, tmp_path, text):
     b"": "no column 'path'", b"path:text\na.mp4:bin\n": "no column 'path'", b"path,text\ngood.mp4,hello, world\n": "line 2 has 3 columns", b"path\na.mp4\n": "no column 'text'",
     b"path,text,,\ngood.mp4,hello, world\n": "line 2 has 3 columns", b"path,text\nhttps://x.org/a.mp4,one\n": "is an address, not a file",
     b"path,text\ngood.mp4,hello\n./good.mp4,bye\n": "has another text on line 2",
+    b"path,text,split\ngood.mp4,hello,train\n./good.mp4,hello,test\n": "has another split on line 2",
     b"path,text\n": "no clips", b"path,text\nmissing.mp4,bin blue\n": "missing.mp4: no such file",
     b"path,text\n,bin blue\n": "not a file", b"path,text\ngood.mp4\n": "no words in its transcript",
     b"path,text\ngood.mp4,caf\xe9\n": "not UTF-8 text", b"path,text\n\"good.mp4": "not a table",

@@ -19,7 +19,7 @@ import train
 from data import ClipError
 from encoders import FPS
 from mome import LlamaConfig
-from real import clips, files, media, mouth, script, setup
+from real import clips, files, media, mouth, report, script, setup
 from real.checkpoint import load_model, save_model
 from real.clips import read_clip, read_pieces
 from real.features import content
@@ -68,6 +68,13 @@ def test_a_voice_on_any_of_many_channels_is_heard(tmp_path, voice, n_channels, c
     sound[:, channel] = voice
     soundfile.write(tmp_path / "a.wav", sound, 16000)
     assert alike(heard(tmp_path / "a.wav"), voice)
+
+
+@pytest.mark.parametrize("noise", [np.random.default_rng(0).standard_normal(48000), np.sin(np.arange(48000) / 6)])
+def test_opposite_phases_under_common_noise_do_not_cancel(tmp_path, voice, capsys, noise):
+    noise = noise[:len(voice)] * voice.std() / noise.std() / 4              # 12 dB below the voice
+    soundfile.write(tmp_path / "a.wav", np.stack([voice + noise, noise - voice], 1) / 2, 16000)
+    assert alike(heard(tmp_path / "a.wav"), voice) and "channels cancel out" in capsys.readouterr().err
 
 
 def test_usual_stereo_is_mixed_without_a_word(tmp_path, voice, capsys):
@@ -782,3 +789,40 @@ def test_joined_files_that_are_not_read_to_their_end_are_said(tmp_path, talker_c
     (tmp_path / f"c.{kind}").write_bytes((tmp_path / f"b.{kind}").read_bytes() * 2)
     media.probe(tmp_path / f"c.{kind}")
     assert "is it several files joined?" in capsys.readouterr().err
+
+
+def test_a_muted_piece_is_not_amplified(tmp_path, talker_clips, capsys):
+    """What a coder leaves of the voice at the border of a muted stretch is no sound."""
+    frames, waves = (np.concatenate([getattr(clip, name) for clip in talker_clips[:4]]) for name in ("frames", "wave"))
+    n = len(talker_clips[0].wave)
+    waves[n:n + 80000] = 0
+    waves[n:n + 20] = 1.5e-4
+    media.write_mp4(tmp_path / "a.mp4", frames, waves)
+    pieces = list(read_pieces(media.probe(tmp_path / "a.mp4"), 4, levels=(-30, 0)))
+    muted = [clip for start, clip in pieces if n / 16000 < start + 0.1 and start + clip.duration < n / 16000 + 5.1]
+    assert muted and all(clip.streams == ("video",) for clip in muted)
+
+
+def test_sound_that_ends_before_its_header_says_is_said(tmp_path, voice, capsys):
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    ffmpeg("-i", tmp_path / "a.wav", tmp_path / "a.mp3")
+    whole = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(whole[:len(whole) * 55 // 100])
+    for name, said in (("a.mp3", False), ("cut.mp3", True)):
+        list(read_pieces(media.probe(tmp_path / name), 10))
+        assert ("s of sound can be read" in capsys.readouterr().err) == said
+
+
+def test_a_small_mp4_is_not_called_joined(tmp_path, talker_clips, capsys):
+    media.write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
+    ffmpeg("-i", tmp_path / "a.mp4", "-an", "-c:v", "libx264", "-crf", "45", tmp_path / "small.mp4")
+    media.write_mp4(tmp_path / "still.mp4", np.zeros((300, 32, 32), np.uint8), np.zeros(192000, np.float32))
+    for name in ("small.mp4", "still.mp4"):
+        media.probe(tmp_path / name)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["我 要 3 个", "今 天 天 气 好", "コーヒーサーバー"])
+def test_scripts_without_spaces_have_a_character_error_rate(text):
+    assert report.error_rates([text], [text])["cer"] == 0
+    assert "cer" not in report.error_rates(["안녕 하세요"], ["a"])          # Korean has spaces

@@ -301,6 +301,28 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     assert {talker for talker, _, _ in found(tmp_path / "clips")[1].values()} == {"ann", "bob"}
 
 
+def test_a_folder_that_has_two_names_is_read_once(tmp_path, capsys):
+    """Two folders that link to each other are a circle, and a link may stand in another split than its folder."""
+    for talker, other in (("ann", "bob"), ("bob", "ann")):
+        write_tone(tmp_path / "mutual" / talker / "a.wav", talker)
+        (tmp_path / "mutual" / talker / "friend").symlink_to(tmp_path / "mutual" / other)
+    assert sorted(found(tmp_path / "mutual")[1]) == ["ann/a.wav", "bob/a.wav"]
+    write_tone(tmp_path / "splits/train/ann/a.wav", "one")
+    (tmp_path / "splits/test").symlink_to(tmp_path / "splits/train")
+    assert list(found(tmp_path / "splits")[1]) == ["train/ann/a.wav"]
+    assert "test: a link to a folder that is read already" in capsys.readouterr().err
+
+
+def test_lists_that_no_layout_uses_are_named(tmp_path):
+    for split in ("train", "val", "test"):
+        write_tone(tmp_path / f"mvlrs_v1/main/55/{split}.wav", f"Text: {split}")
+        write(tmp_path / f"{split}.txt", f"55/{split}\n")
+    with pytest.raises(ClipError, match="train.txt: a list without its clips: LRS2's lies beside main/"):
+        entries(tmp_path)
+    write_tone(tmp_path / "own/train.wav", "choo choo")
+    assert [text for _, _, text in found(tmp_path / "own")[1].values()] == ["choo choo"]
+
+
 def test_pictures_and_sound_of_one_name_are_one_clip(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (30, 32, 32), np.uint8)
     media.write_mp4(tmp_path / "both.mp4", pictures, np.zeros(19200, np.float32))
@@ -411,6 +433,15 @@ def test_an_alignment_of_another_talker_is_not_taken(tmp_path):
     assert (listed["s2"].text, listed["S3"].text) == ("hello new york", "green")
     write(tmp_path / "s2/001.align", "0 1000 hello\n1000 2000\n")
     assert any("line '1000 2000', expected its start" in str(read_entry(entry)) for entry in entries(tmp_path)[1])
+
+
+def test_alignments_that_fit_equally_well_are_not_guessed(tmp_path):
+    for talker in ("s1", "s2"):
+        write_tone(tmp_path / f"{talker}.mpg_vcd/{talker}/a.wav", "")
+        write(tmp_path / f"{talker}.align/align/a.align", "0 1 SIL\n1 2 red\n")
+    assert {text for _, _, text in found(tmp_path)[1].values()} == {"red"}
+    write(tmp_path / "s2.align/align/a.align", "0 1 green\n")
+    assert all("no transcript" in str(read_entry(entry)) for entry in entries(tmp_path)[1])
 
 
 def test_timit(tmp_path):

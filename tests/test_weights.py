@@ -63,6 +63,21 @@ def test_shards_dtypes_and_new_experts(tmp_path):
     assert (half(tokens).float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_ids_and_dtypes_that_cannot_be(tmp_path):
+    random_llama(tmp_path, bos_token_id=1, eos_token_id=[2, 3])
+    assert weights.llama_ids(tmp_path) == (1, 2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ([], 999, -1, None, "2"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": wrong}))
+        with pytest.raises(WeightsError, match="expected two ids below vocab_size 99"):
+            weights.llama_ids(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: x.to(torch.int8) if "q_proj" in name else x for name, x in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="q_proj.weight' holds torch.int8: quantised weights are not supported"):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_generate_gives_the_tokens_of_transformers(tmp_path):
     theirs, prompt = random_llama(tmp_path, eos_token_id=None, bos_token_id=None), torch.randint(0, 99, (1, 12))
     expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt))
