@@ -172,7 +172,7 @@ def tables(rows):
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
         "summary": summary(toy),
-        "main": by_condition(toy, "2,4,8", few),
+        "main": by_condition(toy, "2,4,8", few | {"MTSK MS": METHODS["MTSK MS"]}),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "lr 4.5e-3")}),
