@@ -153,7 +153,7 @@ def layer_paths(bench):
     for D, n_shared, R in shapes:
         mome = randomised(MoME(D, 23, 4, n_shared, R)).to(bench.device, bench.dtype)
         peer, reason = mixtral(D, 23, 4, R, bench)
-        peer_name = "Mixtral" + ", loop" * (R * bench.dtype.itemsize % 16 > 0)
+        peer_name = "Mixtral" if whole_rows(R, bench.dtype) else "Mixtral, loop"
         for n_tokens in token_counts:
             x = torch.randn(1, n_tokens, D, device=bench.device, dtype=bench.dtype, requires_grad=True)
             for backward in (False, True):
@@ -175,6 +175,11 @@ def layer_paths(bench):
             yield bench.missing("layer", "Mixtral's experts as a peer", reason)
 
 
+def whole_rows(width, dtype):
+    """Whether rows of so many numbers are whole 16 bytes, as grouped_mm wants them. Else Mixtral loops over its experts."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def mixtral(dim, n_experts, top_k, width, bench):
     """(Mixtral's sparse block, None) or (None, why there is none).
 
@@ -186,8 +191,7 @@ def mixtral(dim, n_experts, top_k, width, bench):
         return None, f"transformers 5 is not installed ({error})"
     config = MixtralConfig(hidden_size=dim, intermediate_size=width, num_local_experts=n_experts,
                            num_experts_per_tok=top_k)
-    # As in a whole Mixtral, or one by one: grouped_mm wants rows of whole 16 bytes.
-    config._experts_implementation = "eager" if width * bench.dtype.itemsize % 16 else "grouped_mm"
+    config._experts_implementation = "grouped_mm" if whole_rows(width, bench.dtype) else "eager"  # as in a whole Mixtral
     block = MixtralSparseMoeBlock(config)
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)

@@ -107,6 +107,30 @@ def parameters(rows, columns):
     return markdown(["in the LLM", "active for one token", "in all"], lines)
 
 
+def one_or_each(rows):
+    """A line for each kind of condition, a column for each method and set of rates. A cell is the WER of the models for one
+    pair of rates minus that of the model for all: mean and range, seed 0."""
+    kinds = {"where lips are seen, clean and in babble": [("avsr", "clean"), ("avsr", "0"), ("avsr", "-5"), ("vsr", "clean")],
+             "sound alone, clean": [("asr", "clean")], "sound alone, in babble": [("asr", "0"), ("asr", "-5")]}
+    heads, lines = [""], [[kind] for kind in kinds]
+    for title, method in SINGLES.items():
+        for train_rates in ("2,4,8", "4,16x2,5"):
+            same = dict(method=method, variant="", seed="0")
+            pairs = [f"{audio}:{video}" for audio, video in parse_rates(train_rates)]
+            whole = {(row["task"], row["snr_db"], row["rates"]): float(row["wer"])
+                     for row in chosen(rows, train_rates=train_rates, **same)}
+            singles = {(row["task"], row["snr_db"], row["rates"], row["train_rates"]): float(row["wer"])
+                       for row in chosen(rows, train_rates=pairs, **same) if row["rates"] != "auto"}
+            found = [[100 * (wer - whole[key[:3]]) for key, wer in singles.items() if key[:2] in conditions and key[:3] in whole]
+                     for conditions in kinds.values()]
+            if all(found):
+                heads.append(f"{title}, {train_rates}")
+                for line, xs in zip(lines, found):
+                    mean, low, high = (round(x, 1) + 0 for x in (statistics.fmean(xs), min(xs), max(xs)))
+                    line.append(f"{mean} ({low} to {high})")
+    return markdown(heads, lines)
+
+
 def by_variant(rows, train_rates, variants):
     """A line for each {title: (method, variant)}, a column for each of five conditions."""
     found = {title: chosen(rows, method=method, variant=variant, train_rates=train_rates)
@@ -175,6 +199,7 @@ def tables(rows):
         "main": by_condition(toy, "2,4,8", few | {"MTSK MS": METHODS["MTSK MS"]}),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
+        "one-or-each": one_or_each(toy),
         "parameters": parameters(toy, METHODS | {"MoME, a router for each set of rates": ("mome-routers", "lr 4.5e-3")}),
         "sharing": by_variant(toy, "2,4,8", default | sharing),
         "experts": by_variant(toy, "2,4,8", default | experts),

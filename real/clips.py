@@ -22,6 +22,7 @@ from real.mouth import HINT, mouths
 MISSING = 0.05         # share of a damaged training clip that may be missing
 UNHEARD = 2 * FPS      # frames: where the sound is silent or over for so long, the lips show where speech is
 ADDED = 0.2            # seconds that a coder may add to a clip
+SILENT_POWER = 10 ** (media.SILENCE / 10)
 AWAY = "face is away for over a second"
 
 
@@ -59,8 +60,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             hole = max(hole, longest_hole(wave, frames))
             if end - start < MIN_FRAMES:
                 continue
-            powers = np.zeros(1) if wave is None else np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1)
-            if wave is not None and powers.max() <= 10 ** (media.SILENCE / 10):
+            if wave is not None and (np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1) <= SILENT_POWER).all():
                 wave, unused = None, unused | {"sound is silent"}
             if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}

@@ -96,7 +96,7 @@ def files_below(folder):
     while places or links:
         place = places.pop() if places else links.pop()
         if (real := os.path.realpath(place)) in seen:
-            note(f"{shown(place)}: a link to a folder that is read already")
+            note(f"{shown(place)}: this folder is read already, under another name")
             continue
         seen.add(real)
         for found in sorted(os.scandir(place), key=lambda found: found.name):
@@ -175,9 +175,11 @@ def manifest(folder):
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
-        before, first = seen.setdefault(os.path.normpath(folder / row["path"]), (row, line))
-        if others := [name for name in ("text", "split") if before.get(name) != row.get(name)]:
-            raise clip_error(path, f"line {line}: {row['path']!r} has another {others[0]} on line {first}; "
+        said = row["text"], row.get("split", "").lower()
+        before, first = seen.setdefault(os.path.normpath(folder / row["path"]), (said, line))
+        if said != before:
+            other = "text" if said[0] != before[0] else "split"
+            raise clip_error(path, f"line {line}: {row['path']!r} has another {other} on line {first}; "
                                    "cut the clip, or keep one line")
         if "://" in row["path"]:
             raise clip_error(path, f"line {line}: {row['path']!r} is an address, not a file; download it first")
@@ -272,8 +274,9 @@ def side_by_side(folder, files):
         if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
             own = folders(path, folder)
             alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
-            best = [align for n, align in alike if n == max(alike)[0]]
-            source = best[0] if len(set(map(read_text, best))) == 1 else None
+            most = max((n for n, _ in alike), default=0)
+            best = [align for n, align in alike if n == most]
+            source = best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):

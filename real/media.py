@@ -127,7 +127,8 @@ def note_if_joined(path, text, streams):
     text: what ffmpeg says of the file; streams: its lines about streams."""
     rates, total = re.findall(r" (\d+) kb/s", "".join(streams)), re.search(r"^  Duration: .*bitrate: (\d+)", text, re.M)
     has_index = re.search(r"^Input #0, (wav|aiff|mov)", text, re.M) and "(attached pic)" not in text
-    if has_index and total and len(rates) == len(streams) and int(total[1]) > 1.5 * sum(map(int, rates)) + 16:       # the index takes some
+    most = 1.5 * sum(map(int, rates)) + 16                     # kb/s; 16 of them for the index of a small file
+    if has_index and total and len(rates) == len(streams) and int(total[1]) > most:
         note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
 
 

@@ -7,7 +7,7 @@ import regex
 
 from real.files import note, write_whole
 
-SPACELESS = r"[\p{lb=SA}\p{lb=ID}\p{lb=CJ}\p{Han}\p{Tibetan}]"      # Unicode's classes of where a line may break
+SPACELESS = r"[\p{lb=SA}\p{lb=ID}\p{lb=CJ}\p{Han}\p{Tibetan}]"      # by where Unicode lets a line break
 
 
 class Stopwatch(dict):

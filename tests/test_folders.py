@@ -310,7 +310,7 @@ def test_a_folder_that_has_two_names_is_read_once(tmp_path, capsys):
     write_tone(tmp_path / "splits/train/ann/a.wav", "one")
     (tmp_path / "splits/test").symlink_to(tmp_path / "splits/train")
     assert list(found(tmp_path / "splits")[1]) == ["train/ann/a.wav"]
-    assert "test: a link to a folder that is read already" in capsys.readouterr().err
+    assert "test: this folder is read already, under another name" in capsys.readouterr().err
 
 
 def test_lists_that_no_layout_uses_are_named(tmp_path):
