@@ -178,8 +178,8 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
                 loss.backward()
                 total += loss.item()
         total, balance = run.sum_up(total, balance)         # over the processes of torchrun
-        run.log(step, drawn, total, balance, model.llm)
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        run.log(step, drawn, total, balance, norm, model.llm)
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)

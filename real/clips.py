@@ -60,12 +60,13 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             hole = max(hole, longest_hole(wave, frames))
             if end - start < MIN_FRAMES:
                 continue
-            if wave is not None and (np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1) <= SILENT_POWER).all():
+            if wave is not None and (wave.reshape(-1, SAMPLES_PER_FRAME).var(1) <= SILENT_POWER).all():
                 wave, unused = None, unused | {"sound is silent"}
             if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
+            wave = wave if wave is None else wave - wave.mean()
             n_pieces += 1
             yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
     check_read(source, longest, span, end, hole, n_pieces, unused)
@@ -117,6 +118,8 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
                                       f"ffmpeg says: {source.complaints[0]}")
     if source.complaints:
         note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
+    if longest and not span and 0 < 1.5 * source.claimed * FPS < end - FPS and len(source.streams) > 1:
+        note(f"{shown(source.path)}: several files joined? lips and sound may drift apart; ffmpeg can join them better")
     for reason in sorted(unused):
         note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
 

@@ -6,6 +6,7 @@ other training clips are read when they are drawn.
 """
 import os
 import random
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from data import Clip, ClipError, drawn_clips, normalize
 from real.clips import read_clip
 from real.files import no_collector, note, shown
-from real.layouts import Entry, recognise, transcript
+from real.layouts import TAG, Entry, recognise, transcript
 from real.media import SOUND_SUFFIXES, clip_error
 
 MAX_LETTERS = 50     # in a second of speech
@@ -43,16 +44,18 @@ def entries(folder):
     words = ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed_over.items()))
     named = [entry for entry in listed if entry.split]
     splits = {entry.split for entry in named}
-    if splits - {"train"}:                             # train alone, as in LibriSpeech's train-clean-100, is no split
+    if splits & {"train", "test"}:                     # a folder Dev alone may be a talker's
         if len(named) < len(listed):
             note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; "
                  "they are not used")
+        listed = named
+    if len(splits) > 1 or "test" in splits:            # train alone, as in LibriSpeech's train-clean-100, is no split
         if "test" not in splits:
             note(f"{shown(folder)}: no clip is in its test split; those of its valid split take their place")
-            named = [replace(entry, split="test" if entry.split == "valid" else entry.split) for entry in named]
-        return layout, named, words
+            listed = [replace(entry, split="test" if entry.split == "valid" else entry.split) for entry in listed]
+        return layout, listed, words
     one_talker = len({entry.talker for entry in listed}) == 1
-    groups = [entry.path.stem if one_talker else entry.talker for entry in listed]
+    groups = [entry.path.stem if one_talker else unicodedata.normalize("NFC", entry.talker).casefold() for entry in listed]
     sizes = Counter(groups)
     shuffled = sorted(sizes, key=lambda group: (
         2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # most clips train
@@ -135,7 +138,7 @@ def read_entry(entry, reading=None, unusable=None):
 
     With `unusable` it becomes an Unread. A sound file has no pictures."""
     try:
-        text = normalize(transcript(entry))
+        text = normalize(TAG.sub(" ", transcript(entry)))
         if not text:
             raise clip_error(entry.path, "no words in its transcript, expected what is said")
         if unusable:

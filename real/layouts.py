@@ -25,13 +25,16 @@ from data import MAX_SECONDS
 from real.files import note, shown
 from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
-SYNONYMS = {"train": "train training trainval pretrain trainset", "test": "test testing testset eval",
-            "valid": "valid validation val dev development devset"}
-SPLITS = {name: split for split, names in SYNONYMS.items() for name in names.split()}
-KINDS = re.compile(r"(audio|video|wav|mp4|mpg|flac|sound)s?(_\d+k?)?|\d+k")     # folders named for what is in them
+SYNONYMS = {"train": "train training trainval pretrain", "test": "test testing eval evaluation",
+            "valid": "valid validation validate val dev development"}
+SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data")}
+KINDS = re.compile(r"(audio|video|sound|clip|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?(_\d+k)?|mpg_\d+|\d+k")  # of media
+NEXT_CLIP = re.compile(rf"\n.*({'|'.join(map(re.escape, SUFFIXES))})\b", re.I)    # in a cell of several lines
+ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
 LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
+TAG = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^][]*\]|\+\+\S*\+\+")    # of a noise; it is no word
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
 
 
@@ -147,6 +150,8 @@ def read_table(path, *names, quotes=csv.QUOTE_MINIMAL):
             if len(row) > len(columns):
                 raise clip_error(path, f"line {rows.line_num} has {len(row)} columns, its header {len(columns)}: "
                                        f"a text with {separator!r} in it stands in \"quotes\"")
+            if any(map(NEXT_CLIP.search, row)):
+                raise csv.Error("a text in quotes goes on over the next clips; is a quote missing?")
             if row:
                 yield rows.line_num, dict(zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
@@ -183,13 +188,18 @@ def manifest(folder):
                                    "cut the clip, or keep one line")
         if "://" in row["path"]:
             raise clip_error(path, f"line {line}: {row['path']!r} is an address, not a file; download it first")
+        if ERROR_CELL.fullmatch(row["text"]):
+            raise clip_error(path, f"line {line}: {row['text']} is a spreadsheet's error, not what is said")
         split = row.get("split", "")
         if split and split.lower() not in SPLITS:
             raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
         listed.append(Entry(folder / row["path"], row.get("talker", ""), SPLITS.get(split.lower()), text=row["text"]))
     if not listed:
         raise clip_error(path, "no clips here, only its first line")
-    return listed
+    if any(entry.talker for entry in listed):
+        return listed
+    of_clips = talkers([clip_key(Path(os.path.relpath(entry.path, folder)), "")[:-1] for entry in listed])
+    return [replace(entry, talker=talker) for entry, talker in zip(listed, of_clips)]
 
 
 def common_voice(folder):
@@ -229,19 +239,19 @@ def lrs2(folder):
 
 def sphinx(files):
     """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
-    lists = [path for path in files if path.suffix == ".fileids"]      # their names end with that of the split
+    lists = [path for path in files if path.suffix == ".fileids"]      # one word of their names is that of the split
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
     for path in lists:
         texts, source = {}, path.with_suffix(".transcription")
         for line in read_text(source).splitlines():
             if found := re.fullmatch(r"(.*)\((\S+)\)\s*", line):
-                text = re.sub(r"<[^>]*>|\+\+\S*\+\+", " ", found[1])
+                text = TAG.sub(" ", found[1])
                 if texts.setdefault(found[2], text) != text:
                     raise clip_error(source, f"two texts of {found[2]!r}; name the folder too, like talker/{found[2]}")
         for name in read_text(path).split():
             stem = path.parent.parent / "wav" / name
-            split = named_split(re.split("[-_.]", path.stem)[-1])
+            split = next(filter(None, map(named_split, reversed(re.split("[-_.]", path.stem)))), None)
             text = texts.get(name, texts.get(stem.name))
             listed.append(Entry(clips.get(stem, stem), stem.parent.name, split, text=text, source=source))
     return listed
@@ -278,9 +288,16 @@ def side_by_side(folder, files):
             best = [align for n, align in alike if n == most]
             source = best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
         sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
+        own = sound and known.get(sound.with_suffix(".txt"))
+        if own and source and source.suffix == ".txt" and read_text(own).split() != read_text(source).split():
+            raise clip_error(own, f"another text than in {shown(source)}; clips of one name are taken to be one clip")
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
         note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
+    keys, places = {clip_key(path, folder) for path in clips}, {entry.source and entry.source.parent for entry in listed}
+    alone = [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")]
+    if alone := [path for path in alone if path.parent in places and clip_key(path, folder) not in keys]:
+        note(f"{shown(folder)}: {len(alone)} .txt belong to no clip, like {shown(alone[0].name)}")
     return listed
 
 
@@ -325,7 +342,7 @@ def transcript(entry):
             raise clip_error(source, f"line {lines[words.index('')]!r}, expected its start, its end and a word")
         return " ".join(word for word in words if word.lower() not in ("sil", "sp"))
     if lines and any(source.with_suffix(suffix).is_file() for suffix in (".PHN", ".phn", ".WRD", ".wrd")):
-        return re.sub(r"^\d+ \d+ ", "", lines[0])    # TIMIT: the first and the last sample, and the words
+        return " ".join(re.sub(r"^\d+ \d+ ", "", line) for line in lines)    # TIMIT: first and last sample, words
     if lines and lines[0].startswith("Text:"):  # LRS: other facts follow
         return lines[0].removeprefix("Text:").strip()
     if any(line.startswith("Disk reference:") for line in lines):

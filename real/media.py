@@ -126,7 +126,7 @@ def note_if_joined(path, text, streams):
 
     text: what ffmpeg says of the file; streams: its lines about streams."""
     rates, total = re.findall(r" (\d+) kb/s", "".join(streams)), re.search(r"^  Duration: .*bitrate: (\d+)", text, re.M)
-    has_index = re.search(r"^Input #0, (wav|aiff|mov)", text, re.M) and "(attached pic)" not in text
+    has_index = re.search(r"^Input #0, (wav|aiff|mov|flv)", text, re.M) and "(attached pic)" not in text
     most = 1.5 * sum(map(int, rates)) + 16                     # kb/s; 16 of them for the index of a small file
     if has_index and total and len(rates) == len(streams) and int(total[1]) > most:
         note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
@@ -299,8 +299,9 @@ def cut_pieces(wave, frames, spans):
 
 def loudness(source):
     """The loudness of each frame of a source's sound -> (T,) dB below full scale. Less than -80 is silence."""
-    return np.array([10 * math.log10(np.sum(wave.astype(float) ** 2) / SAMPLES_PER_FRAME + 1e-10)
-                     for wave in wave_frames(replace(source, mix=f"{source.mix},{NO_HUM}"))])
+    level = [10 * math.log10(np.sum(wave.astype(float) ** 2) / SAMPLES_PER_FRAME + 1e-10)
+             for wave in wave_frames(replace(source, mix=f"{source.mix},{NO_HUM}"))]
+    return np.array(level[1:2] + level[1:])  # the filter answers to an offset in the first frame
 
 
 def is_silent(source):
@@ -321,12 +322,14 @@ def motion(frames):
 def active_frames(level, silence, quiet, rise):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
-    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of `quiet`. So a quiet
-    voice beside a loud one counts. What varies by less than `rise` within a second is a noise that began
-    later. If nothing else is left, all that is not silence is active."""
+    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of `quiet` or of its own
+    minute. So a quiet voice beside a loud one counts, or after music. What varies by less than `rise` within a second is
+    a noise that began later. If nothing else is left, all that is not silence is active."""
     if not (level > silence).any():
         return np.zeros(len(level), bool)
-    threshold = np.percentile(quiet, 10) + rise
+    floor, minutes = np.percentile(quiet, 10), np.array_split(level, math.ceil(len(level) / (60 * FPS)))
+    threshold = rise + np.concatenate([np.full(len(minute), np.percentile(np.append(minute[minute > silence], floor), 10))
+                                       for minute in minutes]).clip(max=floor)
     seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
     steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
     active = (level > threshold) & ~steady

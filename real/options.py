@@ -114,4 +114,6 @@ def check_sample_options(args, parts):
     for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):
         if path and os.path.exists(path) and os.path.exists(clips[0]) and os.path.samefile(path, clips[0]):
             raise ValueError(f"{flag} {path}: that is the clip itself; name another file")
+        if path and Path(path).suffix.lower() in SUFFIXES:
+            raise ValueError(f"{flag} {path}: a clip's name; name the file to write, like {Path(path).stem}.srt or .png")
     return config, clips

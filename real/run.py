@@ -34,6 +34,7 @@ CORES = torch.get_num_threads()          # what torch takes when nobody asks it 
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
+WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "curve.json", "log.csv", "samples/sample[123]_*"
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
 MEETING = 10                             # minutes in which the processes of torchrun must meet
 
@@ -218,6 +219,9 @@ def own_folder(folder):
     wrong += [path for path in Path(folder).glob("samples") if not path.is_dir()]
     if wrong:
         raise CheckpointError(f"{wrong[0]}: stands where training writes; move it, or name another --out")
+    found = [path for name in WRITTEN for path in sorted(Path(folder).glob(name))]
+    if found and not is_ours(folder):
+        raise CheckpointError(f"{found[0]}: training would replace it, and did not write it; name another --out")
     is_new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""
@@ -241,6 +245,14 @@ def own_folder(folder):
         lock.unlink(missing_ok=True)
         if is_new and not any(Path(folder).iterdir()):
             Path(folder).rmdir()
+
+
+def is_ours(folder):
+    """Whether training wrote the files of a folder: it has a run.json, or its config.json names a format."""
+    try:
+        return Path(folder, "run.json").is_file() or "format" in json.loads(Path(folder, "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def is_running(process):
@@ -391,16 +403,17 @@ class Run:
         write_together({path: "\n".join([",".join(COLUMNS), *rows, ""]).encode()})
         return step
 
-    def log(self, step, drawn, loss, balance, llm):
+    def log(self, step, drawn, loss, balance, norm, llm):
         """A line of log.csv, every LOG_EVERY steps. drawn: what train.train_mome draws for a step.
 
         balance: of the last set of rates. max_load: the most tokens of an expert over the mean, in the worst layer.
         router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this process,
-        at all rates of a step. Raises TrainingError if the loss is not a number."""
+        at all rates of a step. Raises TrainingError if the loss or the norm of the gradient is not a number."""
         task, clips, rate_sets, parts = drawn
-        if not math.isfinite(loss):
+        if not math.isfinite(loss + norm):
             names = ", ".join(clip.name for clip in clips)
-            raise TrainingError(f"step {step}: the loss is {loss}; try a smaller --lr; the clips of this step: {names}")
+            raise TrainingError(f"step {step}: the loss is {loss}, the norm of its gradient {norm:g}; try a smaller --lr; "
+                                f"the clips of this step: {names}")
         for rates, (_, _, encoded) in product(rate_sets, parts):
             self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
         if step % LOG_EVERY or not is_first():

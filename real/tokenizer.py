@@ -126,7 +126,9 @@ def read_ranks(folder):
 
 def flat(step, members):
     """A pre_tokenizer or normalizer of a tokenizer.json -> its steps. `members` is where a Sequence has them."""
-    return [] if not step else step[members] if step["type"] == "Sequence" else [step]
+    if not step or step["type"] != "Sequence":
+        return [step] if step else []
+    return [inner for member in step[members] for inner in flat(member, members)]
 
 
 def word_pattern(step, path):

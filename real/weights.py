@@ -170,7 +170,8 @@ def llama_config(folder):
     if c.get("hidden_act", "silu") != "silu":
         raise WeightsError(f"{folder}: hidden_act {c['hidden_act']!r} in config.json, expected 'silu'")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    rope = {"original_max_position_embeddings": c.get("max_position_embeddings")} | rope    # as transformers does
+    context = c.get("original_max_position_embeddings") or c.get("max_position_embeddings")
+    rope = {"original_max_position_embeddings": context} | rope                              # as transformers does
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     scaling_keys = {"default": (), "linear": ("factor",), "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}

@@ -780,7 +780,7 @@ def test_a_clip_of_exactly_30_s(tmp_path, talker_clips):
         assert read_clip(tmp_path / f"a.{kind}").duration == 30
 
 
-@pytest.mark.parametrize("kind", ["wav", "mp4", "aiff", "mov"])
+@pytest.mark.parametrize("kind", ["wav", "mp4", "aiff", "mov", "flv"])
 def test_joined_files_that_are_not_read_to_their_end_are_said(tmp_path, talker_clips, capsys, kind):
     path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
     ffmpeg("-i", path, *(("-vn",) if kind in ("wav", "aiff") else ("-c", "copy")), tmp_path / f"b.{kind}")
@@ -826,3 +826,69 @@ def test_a_small_mp4_is_not_called_joined(tmp_path, talker_clips, capsys):
 def test_scripts_without_spaces_have_a_character_error_rate(text):
     assert report.error_rates([text], [text])["cer"] == 0
     assert "cer" not in report.error_rates(["안녕 하세요"], ["a"])          # Korean has spaces
+
+
+# --- what is lost, or not heard ---
+
+def test_a_folder_of_other_programs_is_not_trained_into(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/sample1_mine.wav").write_text("mine")
+    for found in ("config.json", "samples/sample1_mine.wav"):
+        code, (line,) = run(capsys, "--out", tmp_path)
+        assert code == 2 and f"{found}: training would replace it, and did not write it; name another --out" in line
+        if found == "config.json":
+            (tmp_path / found).unlink()
+    (tmp_path / "run.json").write_text("{}")       # a run that was stopped
+    with own_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("flag", ["--srt", "--show-crop"])
+def test_another_clip_is_never_written_over(tmp_path, trained, talker_clips, capsys, flag):
+    path, other = (write_mp4(tmp_path / f"{name}.mp4", talker_clips[0].frames, talker_clips[0].wave) for name in "ab")
+    before = other.read_bytes()
+    assert sample.main([flag, str(other), str(path), "--ckpt", str(trained)]) == 2
+    assert "b.mp4: a clip's name; name the file to write" in capsys.readouterr().err and other.read_bytes() == before
+
+
+def test_a_gradient_that_is_no_number_stops(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: train.torch.tensor(float("nan")))
+    code, (line,) = run(capsys, "--out", tmp_path, "--steps", 1)
+    assert code == 2 and "the norm of its gradient nan" in line and not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_offset_does_not_hide_a_quiet_voice(tmp_path, voice):
+    quiet = 0.01 * voice
+    soundfile.write(tmp_path / "a.wav", quiet + 0.05, 16000, "FLOAT")
+    (_, clip), = read_pieces(media.probe(tmp_path / "a.wav"), 10, levels=(-30, 0))
+    wave = clip.wave - clip.wave.mean()
+    assert alike(wave, voice) and abs(clip.wave.mean()) < 0.1 * clip.wave.std()
+    assert clips.mel_level(clip) == pytest.approx(-30, abs=0.3)
+
+
+def test_a_constant_is_silence(tmp_path, talker_clips, voice):
+    write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, voice)
+    soundfile.write(tmp_path / "flat.wav", np.full(len(voice), 1 / 128), 16000, "PCM_U8")
+    ffmpeg("-i", tmp_path / "a.mp4", "-i", tmp_path / "flat.wav", "-map", "0:v", "-map", "1:a", "-c", "copy", tmp_path / "b.mkv")
+    soundfile.write(tmp_path / "b.wav", voice, 16000)
+    assert media.is_silent(media.probe(tmp_path / "b.mkv"))
+    assert alike(read_clip(tmp_path / "b.mkv", sound=tmp_path / "b.wav").wave, voice)
+    assert sample.read_pieces and {clip.streams for _, clip in pieces(tmp_path / "b.mkv")} == {("video",)}
+
+
+def test_a_voice_after_minutes_of_loud_music_is_speech():
+    rng = np.random.default_rng(0)
+    music, voice = rng.uniform(-22, -8, 300 * FPS), np.concatenate([np.append(rng.uniform(-35, -20, 60), np.full(15, -75.))] * 10)
+    level = np.concatenate([music, voice])
+    active = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), 6)
+    assert active[len(music):][voice > -50].mean() > 0.7 and not active[len(music):][voice < -50].any()
+
+
+def test_joined_files_with_lips_and_sound_are_said(tmp_path, talker_clips, capsys):
+    path = write_mp4(tmp_path / "a.mp4", talker_clips[0].frames, talker_clips[0].wave)
+    ffmpeg("-i", path, "-c", "copy", tmp_path / "a.ts")
+    (tmp_path / "b.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 3)
+    for name, said in (("a.ts", False), ("b.ts", True)):
+        list(read_pieces(media.probe(tmp_path / name), LONGEST))
+        assert ("several files joined?" in capsys.readouterr().err) == said

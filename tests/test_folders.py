@@ -607,3 +607,88 @@ def test_where_clips_with_word_times_are_cut(tmp_path, times, pieces):
     write_tone(tmp_path / "pretrain/ann/a.wav", None)
     texts = [entry.text for entry in recognise(tmp_path)[1]]
     assert len(texts) == len(pieces) and all(text == piece for text, piece in zip(texts, pieces) if piece)
+
+
+# --- what a folder of one's own holds, that is not as it seems ---
+
+def test_numbered_folders_keep_their_own_sound(tmp_path):
+    for session in ("video_1", "video_2"):
+        write_tone(tmp_path / session / "a.wav", f"says {session}")
+        write(tmp_path / session / "a.mp4", "")
+    listed = entries(tmp_path)[1]
+    assert {entry.path: entry.sound for entry in listed} == {
+        tmp_path / session / "a.mp4": tmp_path / session / "a.wav" for session in ("video_1", "video_2")}
+    assert {entry.talker for entry in listed} == {"video_1", "video_2"}
+
+
+def test_a_quote_over_two_rows_is_refused(tmp_path):
+    write(tmp_path / "manifest.tsv", 'path\ttext\na.wav\t"I will go\nb.wav\tand you will stay"\n')
+    with pytest.raises(ClipError, match="manifest.tsv: line 3: not a table: .* is a quote missing"):
+        entries(tmp_path)
+    write(tmp_path / "manifest.tsv", 'path\ttext\na.wav\t"two\nlines"\n')
+    assert entries(tmp_path)[1][0].text == "two\nlines"
+
+
+@pytest.mark.parametrize("other, split", [("evaluation", "test"), ("TestData", "test"), ("valset", "test"), ("heldout", None)])
+def test_no_clip_outside_the_train_folder_is_trained_on(tmp_path, other, split, capsys):
+    for i in range(10):
+        write_tone(tmp_path / f"train/{i}.wav", f"says {i}")
+    write_tone(tmp_path / other / "x.wav", "says x")
+    found = {entry.path.stem: entry.split for entry in entries(tmp_path)[1]}
+    assert found.get("x") == split and set(found.values()) == {"train", "test"}
+    assert ("1 clips are in no split" in capsys.readouterr().err) == (split is None)
+
+
+def test_a_talker_called_dev_is_no_split(tmp_path):
+    for talker in ("alice", "bob", "carl", "Dev", "priya"):
+        write_tone(tmp_path / talker / "a.wav", f"says {talker}")
+    assert sorted(entry.split for entry in entries(tmp_path)[1]) == ["test", *["train"] * 4]
+
+
+def test_talkers_of_a_table_without_that_column(tmp_path):
+    rows = [f"{talker}/{i}.wav,says {talker} {i}" for talker in ("alice", "Bob", "bob", "carl", "dora", "eve") for i in range(3)]
+    write(tmp_path / "manifest.csv", "\n".join(["path,text", *rows]))
+    listed = entries(tmp_path)[1]
+    splits = {talker: {entry.split for entry in listed if entry.talker.lower() == talker} for talker in ("alice", "bob", "carl", "dora", "eve")}
+    assert sorted(map(sorted, splits.values())) == [["test"], *[["train"]] * 4]
+    write(tmp_path / "manifest.csv", "path,text\na.wav,#NAME?\n")
+    with pytest.raises(ClipError, match="line 2: #NAME\\? is a spreadsheet's error"):
+        entries(tmp_path)
+
+
+def test_sounds_and_pictures_of_one_name_with_two_texts(tmp_path):
+    write_tone(tmp_path / "audio/1.wav", "what was heard")
+    write(tmp_path / "video/1.mp4", "")
+    write(tmp_path / "video/1.txt", "what was heard")
+    assert [entry.sound for entry in entries(tmp_path)[1]] == [tmp_path / "audio/1.wav"]
+    write(tmp_path / "video/1.txt", "what was seen")
+    with pytest.raises(ClipError, match="audio/1.txt: another text than in .*video/1.txt"):
+        entries(tmp_path)
+
+
+def test_texts_of_no_clip_are_said(tmp_path, capsys):
+    write_tone(tmp_path / "a.wav", "says a")
+    entries(tmp_path)
+    assert not capsys.readouterr().err
+    write(tmp_path / "b.txt", "says b")
+    entries(tmp_path)
+    assert "1 .txt belong to no clip, like b.txt" in capsys.readouterr().err
+
+
+def test_tags_are_no_words(tmp_path):
+    write_tone(tmp_path / "a.wav", "Text:  {LG} THANK YOU <noise> [MUSIC] ++um++ ALL")
+    assert read_entry(entries(tmp_path)[1][0]).text == "thank you all"
+
+
+def test_every_line_beside_a_phn(tmp_path):
+    write_tone(tmp_path / "a.wav", "0 400 first line\n400 900 second line\n")
+    write(tmp_path / "a.phn", "0 400 h#\n")
+    assert read_entry(entries(tmp_path)[1][0]).text == "first line second line"
+
+
+def test_sphinx_lists_whose_names_do_not_end_with_the_split(tmp_path):
+    for split in ("train", "test"):
+        write_tone(tmp_path / f"wav/{split}/a.wav", "")
+        write(tmp_path / f"etc/my_{split}_v1.fileids", f"{split}/a\n")
+        write(tmp_path / f"etc/my_{split}_v1.transcription", f"<s> says {split} </s> ({split}/a)\n")
+    assert [(entry.split, entry.path.parent.name) for entry in entries(tmp_path)[1]] == [("test", "test"), ("train", "train")]

@@ -31,7 +31,9 @@ VARIANTS = {
     "theta and eps": dict(rope_theta=500_000.0, rms_norm_eps=1e-3),
     "linear rope": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "llama3 rope": dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                          original_max_position_embeddings=64))}
+                                          original_max_position_embeddings=64)),
+    "the context at the top": dict(original_max_position_embeddings=64, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0))}
 
 
 def random_llama(folder, shard="1GB", **more):
@@ -434,6 +436,8 @@ def train_bpe(folder, pre_tokenizer, alphabet=True):
 
 PRE_TOKENIZERS = {
     "GPT-2": lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "a sequence in a sequence": lambda t: t.pre_tokenizers.Sequence([t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Digits(individual_digits=True)]), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     "SmolLM2": lambda t: t.pre_tokenizers.Sequence([
         t.pre_tokenizers.Digits(True), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     "Llama 3": lambda t: t.pre_tokenizers.Sequence([
