@@ -301,7 +301,7 @@ def loudness(source):
     """The loudness of each frame of a source's sound -> (T,) dB below full scale. Less than -80 is silence."""
     level = [10 * math.log10(np.sum(wave.astype(float) ** 2) / SAMPLES_PER_FRAME + 1e-10)
              for wave in wave_frames(replace(source, mix=f"{source.mix},{NO_HUM}"))]
-    return np.array(level[1:2] + level[1:])  # the filter answers to an offset in the first frame
+    return np.array((level[1:2] or level) + level[1:])  # the filter answers to an offset in the first frame
 
 
 def is_silent(source):
