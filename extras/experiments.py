@@ -90,7 +90,7 @@ def real_lists():
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
     an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --copies"
-    both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --copies 1 --steps 3000 --valid-every 500"
+    both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --copies 1 --valid-every 500 --steps"
     gpu = "--device cuda"
     decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
     return {
@@ -98,8 +98,9 @@ def real_lists():
                 Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again="--eval-only --beam 5", **one),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
-        "open": [Trial(method, "4,8,16", variant, both, "librispeech", again=again, **one)
-                 for method in ("mome", "projectors") for variant, again in decodings],
+        "open": [Trial("mome", "4,8,16", "3,000 steps", f"{both} 3000", "librispeech", **one),
+                 *(Trial(method, "4,8,16", variant, f"{both} 6000", "librispeech", again=again, **one)
+                   for method in ("mome", "projectors") for variant, again in decodings)],
         "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in methods],
         "gpu": [Trial("mome", "2,4,8", "on a GPU", gpu, **one),
                 Trial("mome", "4,8,16", "on a GPU", f"{an4} 2 --steps 3000 {gpu}", "an4", **one),

@@ -191,6 +191,7 @@ def tables(rows):
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
               for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
+    opened |= {"MoME, 3,000 steps, greedy": ("mome", "3,000 steps")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     return {
         "printed": printed(toy),
