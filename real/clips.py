@@ -60,7 +60,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             hole = max(hole, longest_hole(wave, frames))
             if end - start < MIN_FRAMES:
                 continue
-            if wave is not None and (wave.reshape(-1, SAMPLES_PER_FRAME).var(1) <= SILENT_POWER).all():
+            if wave is not None and (np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1) <= SILENT_POWER).all():
                 wave, unused = None, unused | {"sound is silent"}
             if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
