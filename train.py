@@ -178,8 +178,8 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
                 loss.backward()
                 total += loss.item()
         total, balance = run.sum_up(total, balance)         # over the processes of torchrun
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        run.log(step, drawn, total, balance, norm, model.llm)
+        run.log(step, drawn, total, balance, model.llm)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)

@@ -66,7 +66,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
-            wave = wave if wave is None else wave - wave.mean()
+            if wave is not None and abs(wave.mean()) > 0.1 * wave.std():    # an offset, beside which a quiet voice is lost
+                wave = wave - wave.mean()
             n_pieces += 1
             yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
     check_read(source, longest, span, end, hole, n_pieces, unused)

@@ -34,7 +34,7 @@ CORES = torch.get_num_threads()          # what torch takes when nobody asks it 
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
-WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "curve.json", "log.csv", "samples/sample[123]_*"
+WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "log.csv", "samples/sample[123]_*"
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
 MEETING = 10                             # minutes in which the processes of torchrun must meet
 
@@ -370,7 +370,11 @@ class Run:
             raise KeyboardInterrupt
 
     def save(self, step, finished=False):
-        """Write the state after `step` steps. finished: the model has been written as well."""
+        """Write the state after `step` steps. finished: the model has been written as well.
+
+        Raises TrainingError if a trained number is none. The state of before then stays."""
+        if not all(parameter.isfinite().all() for parameter in self.trained):
+            raise TrainingError(f"step {step}: a trained number is none any more; try a smaller --lr")
         facts = {"step": step, "finished": finished, "settings": self.settings, "kept": self.kept,
                  "shapes": [list(parameter.shape) for parameter in self.trained]}
         tensors = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
@@ -403,17 +407,16 @@ class Run:
         write_together({path: "\n".join([",".join(COLUMNS), *rows, ""]).encode()})
         return step
 
-    def log(self, step, drawn, loss, balance, norm, llm):
+    def log(self, step, drawn, loss, balance, llm):
         """A line of log.csv, every LOG_EVERY steps. drawn: what train.train_mome draws for a step.
 
         balance: of the last set of rates. max_load: the most tokens of an expert over the mean, in the worst layer.
         router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this process,
-        at all rates of a step. Raises TrainingError if the loss or the norm of the gradient is not a number."""
+        at all rates of a step. Raises TrainingError if the loss is not a number."""
         task, clips, rate_sets, parts = drawn
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss):
             names = ", ".join(clip.name for clip in clips)
-            raise TrainingError(f"step {step}: the loss is {loss}, the norm of its gradient {norm:g}; try a smaller --lr; "
-                                f"the clips of this step: {names}")
+            raise TrainingError(f"step {step}: the loss is {loss}; try a smaller --lr; the clips of this step: {names}")
         for rates, (_, _, encoded) in product(rate_sets, parts):
             self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
         if step % LOG_EVERY or not is_first():
