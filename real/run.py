@@ -370,11 +370,7 @@ class Run:
             raise KeyboardInterrupt
 
     def save(self, step, finished=False):
-        """Write the state after `step` steps. finished: the model has been written as well.
-
-        Raises TrainingError if a trained number is none. The state of before then stays."""
-        if not all(parameter.isfinite().all() for parameter in self.trained):
-            raise TrainingError(f"step {step}: a trained number is none any more; try a smaller --lr")
+        """Write the state after `step` steps. finished: the model has been written as well."""
         facts = {"step": step, "finished": finished, "settings": self.settings, "kept": self.kept,
                  "shapes": [list(parameter.shape) for parameter in self.trained]}
         tensors = {"facts": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)}
