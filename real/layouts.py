@@ -28,13 +28,14 @@ from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 SYNONYMS = {"train": "train training trainval pretrain", "test": "test testing eval evaluation",
             "valid": "valid validation validate val dev development"}
 SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data")}
-KINDS = re.compile(r"(audio|video|sound|clip|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?(_\d+k)?|mpg_\d+|\d+k")  # of media
-NEXT_CLIP = re.compile(rf"\n.*({'|'.join(map(re.escape, SUFFIXES))})\b", re.I)    # in a cell of several lines
+# Folders that are named for what is in them, like audio_25k: they are no talkers.
+KINDS = re.compile(r"(audio|video|sound|clip|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?(_\d+k)?|mpg_\d+|\d+k")
+NEXT_CLIP = re.compile(rf"\n.*({'|'.join(map(re.escape, SUFFIXES))})\b", re.I)    # a later line of a cell names a file of media
 ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
 LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
-TAG = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^][]*\]|\+\+\S*\+\+")    # of a noise; it is no word
+TAG = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^][]*\]|\+\+\S*\+\+")    # [MUSIC] and the like are no words
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
 
 

@@ -609,7 +609,7 @@ def test_where_clips_with_word_times_are_cut(tmp_path, times, pieces):
     assert len(texts) == len(pieces) and all(text == piece for text, piece in zip(texts, pieces) if piece)
 
 
-# --- what a folder of one's own holds, that is not as it seems ---
+# --- folders that are easily misread ---
 
 def test_numbered_folders_keep_their_own_sound(tmp_path):
     for session in ("video_1", "video_2"):
