@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
@@ -408,11 +408,14 @@ class Run:
 
         balance: of the last set of rates. max_load: the most tokens of an expert over the mean, in the worst layer.
         router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this process,
-        at all rates of a step. Raises TrainingError if the loss is not a number."""
+        at all rates of a step. Raises TrainingError if the loss or a gradient is not a number: no weight gets it."""
         task, clips, rate_sets, parts = drawn
-        if not math.isfinite(loss):
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]).item()
+        if not math.isfinite(loss + norm):
             names = ", ".join(clip.name for clip in clips)
-            raise TrainingError(f"step {step}: the loss is {loss}; try a smaller --lr; the clips of this step: {names}")
+            raise TrainingError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; try a smaller --lr; "
+                                f"the clips of this step: {names}")
         for rates, (_, _, encoded) in product(rate_sets, parts):
             self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
         if step % LOG_EVERY or not is_first():

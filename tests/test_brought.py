@@ -14,6 +14,7 @@ import soundfile
 from conftest import ROOT, TRAINED, ffmpeg, tiny_avsr
 
 import data
+import mome
 import sample
 import train
 from data import ClipError
@@ -345,6 +346,23 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_old_model(tmp_path, capsys
     code, (line,) = run(capsys, "--out", tmp_path / "out", "--lr", 1e30, "--steps", 6)
     assert code == 2 and "the loss is nan" in line and "talker" in line
     assert (tmp_path / "out/model.safetensors").read_bytes() == before and not (tmp_path / "out/.lock").exists()
+
+
+def test_a_gradient_that_is_no_number_reaches_no_weight(tmp_path, capsys, monkeypatch):
+    """Not even in the last step, after which no loss is looked at."""
+    saved(tmp_path / "out")
+    before, loss, seen = (tmp_path / "out/model.safetensors").read_bytes(), mome.AVSR.loss, []
+
+    def loss_of(model, *args):
+        cross_entropy, balance = loss(model, *args)
+        seen.append(cross_entropy)
+        if len(seen) == 2:
+            cross_entropy = cross_entropy + 0 * (0 * cross_entropy).sqrt()      # the value stays, its gradient is nan
+        return cross_entropy, balance
+    monkeypatch.setattr(mome.AVSR, "loss", loss_of)
+    code, (line,) = run(capsys, "--out", tmp_path / "out", "--steps", 2, "--rates", 4)
+    assert code == 2 and "step 1: the loss is" in line and "the norm of its gradient nan" in line and len(seen) == 2
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path, capsys):
