@@ -26,9 +26,9 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # th
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_RATE = 10_000                                        # the most tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # of Hebrew, Persian, Catalan
+JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # "don't", Hebrew, Persian
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
-HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")  # soft hyphens, variants of letters and emoji
+HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")  # invisible marks, like soft hyphens
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´‛′՚׳", "'"))
 
 
@@ -108,21 +108,21 @@ def with_log_power(clip, n_mels=80, keep_wave=True):
     return replace(clip, log_power=log_power, wave=clip.wave if keep_wave else None)
 
 
-def add_babble(wave, voices, snr_db, rng):
-    """wave (samples,) + a sum of other people's voices, at exactly `snr_db` over the clip.
+def add_babble(wave, others, snr_db, rng):
+    """wave (samples,) + a sum of the waves `others`: the wave is exactly `snr_db` louder than that sum.
 
-    Each voice is looped from a random point and scaled to the same loudness."""
+    Each of the others is looped from a random point and scaled to the same loudness."""
     babble = np.zeros_like(wave)
-    for voice in voices:
-        start = rng.randrange(len(voice))
-        loudness = np.sqrt(np.mean(voice ** 2)) + 1e-9
-        babble += np.resize(np.roll(voice, -start), len(wave)) / loudness
+    for other in others:
+        start = rng.randrange(len(other))
+        loudness = np.sqrt(np.mean(other ** 2)) + 1e-9
+        babble += np.resize(np.roll(other, -start), len(wave)) / loudness
     ratio = np.sqrt(np.mean(wave ** 2) / (np.mean(babble ** 2) + 1e-20))
     return wave + np.float32(ratio * 10 ** (-snr_db / 20)) * babble
 
 
 def in_babble(clip, snr_db, voices, n_voices=4):
-    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. None is no noise."""
+    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. snr_db None: clean."""
     if snr_db is None or clip.log_power is None:
         return clip
     rng = random.Random(f"{clip.name} {snr_db}".encode(errors="surrogateescape"))
@@ -146,9 +146,9 @@ def noisy_power(power, voices, rng):
 
 
 # --- batches ----------------------------------------------------------------------------------------------
-def change_pace(x, pace):
-    """x (T, ...) -> (T * pace, ...): each new moment repeats the old one in which it begins."""
-    return x[(torch.arange(round(len(x) * pace)) / pace).long()] if pace != 1 else x
+def stretch(x, factor):
+    """x (T, ...) -> (T * factor, ...): row t of the result is row floor(t / factor) of x. 2: half speed."""
+    return x[(torch.arange(round(len(x) * factor)) / factor).long()] if factor != 1 else x
 
 
 def clip_mel(clip):
@@ -157,9 +157,9 @@ def clip_mel(clip):
 
 
 def augmented_mel(clip, rng, voices):
-    """The clip's log-mel (M, frames) with babble, a lost high band, a masked band and a masked moment.
+    """The clip's log-mel (M, frames) with a masked band and time. Some clips get babble or lose high bands.
 
-    Real clips have no alignment and are few, so they get less babble. None of this is in the paper."""
+    Real clips, which have no alignment, get babble less often. None of this is in the paper."""
     power = 10 ** torch.from_numpy(clip.log_power).float()
     if voices and rng.random() < (0.5 if clip.aligned else 0.25):
         power = noisy_power(power, voices, rng)
@@ -190,9 +190,9 @@ def rows_of(clips, streams, rng=None, voices=()):
     rows = {}
     if "audio" in streams:
         mels = [augmented_mel(clip, rng, voices) if rng else clip_mel(clip) for clip in clips]
-        rows["audio"] = [change_pace(mel.T, pace) for mel, pace in zip(mels, paces)]
+        rows["audio"] = [stretch(mel.T, pace) for mel, pace in zip(mels, paces)]
     if "video" in streams:
-        videos = [change_pace(torch.from_numpy(clip.frames), pace) for clip, pace in zip(clips, paces)]
+        videos = [stretch(torch.from_numpy(clip.frames), pace) for clip, pace in zip(clips, paces)]
         if rng:
             videos = [augmented_frames(frames, rng) for frames in videos]
         rows["video"] = [frames.float() / 255 for frames in videos]
@@ -235,8 +235,8 @@ def epoch_order(n_clips, seed, epoch):
 def drawn_clips(clips, size, seed, step):
     """The `size` clips of one step, a function of (seed, step). An epoch has each clip once."""
     chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, position = divmod(place, len(clips))
+    for number in range(step * size, (step + 1) * size):
+        epoch, position = divmod(number, len(clips))
         chosen.append(clips[epoch_order(len(clips), seed, epoch)[position]])
     return chosen
 

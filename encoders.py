@@ -1,6 +1,6 @@
 """The two encoders of MoME (paper section 3): sound -> 50 tokens a second, lips -> 25 tokens a second.
 
-Each is a small convolutional stem followed by the same pre-norm transformer. The default sizes are tiny
+Each is a convolutional front end followed by the same pre-norm transformer. The default sizes are tiny
 stand-ins that toy/pretrain.py trains. Other sizes give the layouts of the paper's encoders:
 
     AudioEncoder  Whisper (openai/whisper): log-mel -> Conv1d -> Conv1d of stride 2 -> blocks
@@ -31,7 +31,7 @@ class AudioConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
-    pos_kernel: int = 31    # width of a convolution that tells order (not in the paper); Whisper: 0
+    pos_kernel: int = 31    # tokens; width of PositionConv (not in the paper); 0: none, as in Whisper
     pos_groups: int = 0     # groups of that convolution, 0 for one group per channel
     max_tokens: int = 1500  # 30 s
     padded: bool = False    # a Whisper that pads every clip to 30 s, see real/weights.py
@@ -205,7 +205,7 @@ class AudioEncoder(nn.Module):
 
 # --- lips -------------------------------------------------------------------------------------------------
 class ResidualBlock(nn.Module):
-    """ResNet's basic block with PReLUs: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+    """ResNet's basic block with PReLUs: (B * T, C_in, H, W) -> (B * T, C_out, H / stride, W / stride)."""
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)

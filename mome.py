@@ -6,7 +6,7 @@ Choices that the paper does not settle are marked `not in the paper`. Axes, in n
 
     B batch    N tokens of all clips, flattened        E experts: N_s shared ones first, then N_r routed ones
     T time     H attention heads                       K routed experts that one token is sent to (top_k)
-    D width    V vocabulary                            A = N_s + K experts that one token passes through
+    D width    V vocabulary  S stored tokens           A = N_s + K experts that one token passes through
                                                        R bottleneck width of an expert
 """
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ class AVSRConfig:
     bos: int = 0                          # token ids of the LLM's tokenizer
     eos: int = 1
     prompt: tuple[int, ...] = (2,)        # fixed text between the streams and the transcript
-    max_tokens: int = 32                  # longest transcript that is decoded
+    max_tokens: int = 32                  # most tokens that are generated for a clip, <eos> included
 
 
 # --- the idea: a mixture of Matryoshka experts ------------------------------------------------------------
@@ -73,10 +73,10 @@ class MoME(nn.Module):
     An expert is a bottleneck: E(h) = gelu(h @ down + b) @ up + c. Every token passes the N_s shared experts.
     A linear router sends it to K of the N_r routed experts, with gates g.
     Nothing here knows a rate or a stream. A sound token pooled by 16, a lip token pooled by 2 and a word meet
-    the same router and experts. So what the experts learn at fine rates serves the coarse rates.
+    the same router and experts. The paper's aim: what experts learn at fine rates serves coarse rates.
     Up-projections start at zero, so a new MoME adds nothing to its layer (not in the paper). Parameters stay
     fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
-    sum_counts = staticmethod(lambda counts: counts)    # real/run.py adds up those of several processes
+    sum_counts = staticmethod(lambda counts: counts)    # torchrun: their sum over processes (real/run.py)
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
@@ -104,7 +104,7 @@ class MoME(nn.Module):
     def route(self, x):
         """x (N, D) -> gates (N, A) and expert numbers (N, A). Shared experts come first, with gates of 1.
         Routed gates: a softmax over all N_r logits, its K largest values divided by their sum. That equals
-        a softmax over the K largest logits. Two tokens, N_r = 4, K = 2:
+        a softmax over the K largest logits. Two tokens, N_s = 0, N_r = 4, K = 2:
 
             logits [2, 0, 1, -1]  softmax [.64, .09, .24, .03]  experts 0, 2  gates .73, .27
             logits [0, 0, 3,  3]  softmax [.02, .02, .48, .48]  experts 2, 3  gates .50, .50
@@ -135,8 +135,8 @@ class MoME(nn.Module):
         probs, chosen = self.routed
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
         counts = self.sum_counts(choices.sum(0))                          # (N_r,)
-        f = counts / counts.sum()                                         # of K choices of each token
-        P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,)
+        f = counts / counts.sum()                                         # (N_r,) sums to 1
+        P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,) counts.sum() is K N
         return self.n_routed * (f * P).sum()
 
     @staticmethod
@@ -163,7 +163,7 @@ class MoME(nn.Module):
     @staticmethod
     def grouped(x, gates, experts, down, down_bias, up, up_bias):
         """Tokens sorted by expert, so that one grouped product serves all experts: the least arithmetic.
-        But every token is copied A times. F.grouped_mm wants rows of whole 16 bytes: zeros fill them up."""
+        But every token is copied A times. F.grouped_mm needs rows of whole 16 bytes: zeros are added to R."""
         (E, R, D), A = down.shape, experts.shape[1]
         if D * x.element_size() % 16:
             raise ValueError(f"path 'grouped': a row of {D} numbers is not whole 16 bytes; use 'wide'")
@@ -182,7 +182,7 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` computes E - A experts less but copies A tokens. It wins above (E - A) R = 64 A."""
+        """`grouped` skips E - A experts but copies a token A times: faster from about (E - A) R = 64 A on."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
         supported = supported and D * x.element_size() % 16 == 0
@@ -222,7 +222,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, lengths=None, write=None, mask=None):
         """x (B, T, D) -> (B, T, D), causal. rope: see rope_tables. With a list of lengths x is (1, N, D):
         clips one after another. Each attends to itself alone. In decoding `write(k, v)` stores new keys and
-        values and returns all S. Then mask (B, 1, 1, S) is true where a new token may look."""
+        values and returns all S stored ones. mask (B, 1, 1, S) is true where a new token may look."""
         def heads(y):
             return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, H, T, D/H)
         causal = write is None or x.shape[1] > 1    # one new token may look at all that is stored
@@ -301,14 +301,14 @@ class Llama(nn.Module):
         self.add_mome()
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, **experts):
-        """The Llama of an HF folder, with new fp32 MoMEs if `experts` (n_routed=8, ...) says so."""
+    def from_pretrained(cls, folder, dtype=torch.float32, **changes):
+        """The Llama of an HF folder. changes: see add_mome. Raises real.files.WeightsError."""
         from real.weights import load_llama
-        return load_llama(cls, folder, dtype, **experts)
+        return load_llama(cls, folder, dtype, **changes)
 
-    def add_mome(self, **experts):
-        """Put a new MoME beside each layer. `experts`: other values than the config's, like n_routed=8."""
-        self.config = config = replace(self.config, **experts)
+    def add_mome(self, **changes):
+        """Put a new MoME beside each layer. `changes` replace fields of the config, like n_routed=8."""
+        self.config = config = replace(self.config, **changes)
         if config.n_routed + config.n_shared:
             sizes = config.dim, config.n_routed, config.top_k, config.n_shared, config.bottleneck
             for layer in self.layers:
@@ -340,8 +340,8 @@ class Llama(nn.Module):
 
     def transcript_loss(self, prefixes, labels):
         """Mean next-token cross-entropy of `labels` (B tensors of ids) after `prefixes` (B tensors (T_b, D)).
-            row        prefix ... prompt   y0   y1   y2         Logits are computed only where labels stand:
-            predicts                  y0   y1   y2   <eos>      elsewhere they would fill the memory."""
+            input    <bos> ... prompt  y0  y1  y2       Logits are computed only at tokens with a label.
+            label              y0      y1  y2  <eos>    Logits at all tokens would fill the memory."""
         inputs = [self.embed_tokens(y[:-1]) for y in labels]
         rows = [torch.cat(row) for row in zip(prefixes, inputs)]
         lengths = [len(row) for row in rows]
@@ -383,7 +383,7 @@ class AVSR(nn.Module):
 
         <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
 
-    features: {stream: (x, lengths)}, "audio" log-mels (B, M, frames), "video" mouths (B, 1, T, H, W).
+    features: {stream: (x, lengths)}, "audio" log-mels (B, M, frames), "video" mouths (B, 1, T, rows, cols).
     rates: {stream: rate} of the streams that are used, sound before lips."""
     def __init__(self, config: AVSRConfig, llm=None, audio=None, video=None):
         """Pretrained modules may be passed in (llm, audio, video). The others are built from `config`."""
@@ -440,8 +440,8 @@ class AVSR(nn.Module):
         return [torch.cat([bos, *parts, prompt]) for parts in zip(*streams)]
 
     def loss(self, encoded, transcripts, rates):
-        """Cross-entropy of the transcripts (B lists of ids) at one set of rates, and the mean balancing loss.
-        train.py combines them (section 3). Gradients reach experts through the frozen layers above them."""
+        """At one set of rates: the cross-entropy of the transcripts (B lists of ids), and the layers' mean
+        balancing loss. train.train_mome adds both. Gradients reach the experts through frozen layers."""
         labels = [torch.tensor([*ids, self.config.eos], device=self.device)
                   for ids in transcripts]
         cross_entropy = self.llm.transcript_loss(self.prefix(encoded, rates), labels)

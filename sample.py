@@ -43,7 +43,7 @@ class KVCache:
     """Keys and values of all layers, two tensors (layers, B * W, kv heads, S, D/H).
 
     The prefix is computed once per clip and copied to its W beams. Generated tokens of all beams start at the
-    same slot, after the longest prefix. A shorter prefix leaves empty slots before it, which `mask` hides."""
+    same slot, after the longest prefix. Slots behind a shorter prefix are empty. `mask` hides these slots."""
     def __init__(self, config, lengths, slots, like, beam=1):
         shape = (config.n_layers, len(lengths) * beam, config.n_kv_heads, slots, config.head_dim)
         self.k = like.new_zeros(shape)
@@ -58,7 +58,7 @@ class KVCache:
             start, end = self.filled, self.filled + k.shape[2]
             self.k[layer, :, :, start:end] = k if start else k.repeat_interleave(self.beam, 0)
             self.v[layer, :, :, start:end] = v if start else v.repeat_interleave(self.beam, 0)
-            if layer == len(self.k) - 1:
+            if layer == len(self.k) - 1:            # the last layer has stored the new tokens
                 self.filled, self.prefix = end, self.prefix or end
             if start == 0:
                 return k, v
@@ -66,7 +66,7 @@ class KVCache:
         return write
 
     def mask(self):
-        """(B * W, 1, 1, S) true where the next token may look. None for a prefix, which is causal."""
+        """(B * W, 1, 1, S) true where the next token may look. None for a prefix, or if no slot is empty."""
         if self.filled == 0 or not self.is_ragged:
             return None
         slot = torch.arange(self.filled + 1, device=self.k.device)
@@ -98,11 +98,11 @@ def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     scores[:, 0] = 0                                     # at first all beams of a clip are the same
     tokens = torch.zeros(B * W, 0, dtype=torch.long, device=device)
     done = torch.zeros(B * W, dtype=torch.bool, device=device)
-    wait = torch.full((V,), -torch.inf, device=device)
-    wait[eos] = 0
+    ended = torch.full((V,), -torch.inf, device=device)
+    ended[eos] = 0                                       # an ended beam repeats <eos>, at no cost
     for step in range(max_tokens):
         logp = llm.logits(last).float().log_softmax(-1)
-        logp = torch.where(done[:, None], wait, logp).view(B, W, V)
+        logp = torch.where(done[:, None], ended, logp).view(B, W, V)
         continued = scores[..., None] + logp
         scores, best = continued.flatten(1).topk(W)                          # (B, W) of W * V continuations
         parents = (clip[:, None] * W + best // V).flatten()                  # the beam that is continued
@@ -135,54 +135,54 @@ def decode(model, encoded, rates, beam=1):
     return [(ids, logprob, rates, len(prefix)) for (ids, logprob), prefix in zip(hypotheses, prefixes)]
 
 
-def decoder_at(rate, task, config):
-    """A function (model, encoded, beam=1) that decodes at `rate`; `config` is a checkpoint's.
+def decoder_at(rate, task, saved):
+    """A function (model, encoded, beam=1) that decodes at `rate`. saved: the dict of config.json.
 
     rate: '4'; '4:2' for audio:video; also one that was never trained; None: the finest trained rate; 'auto':
     see extras/auto.py. ValueError says what is wrong."""
     if rate == "auto":
         from extras.auto import auto_decoder
-        return auto_decoder(task, config)
+        return auto_decoder(task, saved)
     if rate is None:
-        return partial(decode, rates=trained_rates(task, config)[-1])
+        return partial(decode, rates=trained_rates(task, saved)[-1])
     rates, *more = task_rates(task, parse_rates(str(rate)))
     if more:
         raise ValueError(f"--rate {rate!r}: a clip is read at one rate, like 4 or 4:2, or at auto, or at all")
     return partial(decode, rates=rates)
 
 
-def trained_rates(task, config):
+def trained_rates(task, saved):
     """The sets of rates of a task that a checkpoint was trained at, from the coarsest to the finest."""
     def tokens_per_second(rates):
         return sum(TOKENS_PER_SECOND[stream] / rate for stream, rate in rates.items())
-    return sorted(task_rates(task, config["rates"]), key=tokens_per_second)
+    return sorted(task_rates(task, saved["rates"]), key=tokens_per_second)
 
 
 # --- transcribe a clip ------------------------------------------------------------------------------------
 @torch.no_grad()
-def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **parts):
-    """Transcribe the clip at `path` -> a dict of clip, text, task, audio_rate, video_rate, tokens (which the
-    LLM reads before the first word), duration (s), seconds (spent), logprob (mean per output token), and
-    segments, which have start, end, text and the like for each piece; `on_segment` is called with each.
-    rate: see decoder_at. box: see real/mouth.py. parts: see real.checkpoint.load_for_use. ClipError,
+def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **loading):
+    """Transcribe the clip at `path` -> the dict that --json prints. tokens: those that the LLM reads before
+    the first word. duration: of the clip, in s. seconds: those spent. logprob: mean over output tokens.
+    segments: a dict for each piece of the clip. `on_segment` is called with each of these dicts, in order.
+    rate: see decoder_at. box: see real/mouth.py. loading: see real.checkpoint.load_for_use. ClipError,
     ValueError, CheckpointError or WeightsError say which clip, rate or checkpoint cannot be used."""
-    model, config, tokenizer = load_for_use(str(ckpt), **parts)
+    model, saved, tokenizer = load_for_use(str(ckpt), **loading)
     began, segments, n_ids = time.perf_counter(), [], []
     source = media.probe(path)
-    longest = config.get("longest", MAX_SECONDS)                       # training clip, in seconds
+    longest = saved.get("longest", MAX_SECONDS)                        # seconds, of the training clips
     longest = min(1.1 * longest + 0.5, MAX_SECONDS)
     task = choose_task(path, source.streams, model, task)
-    if task not in config["tasks"]:
+    if task not in saved["tasks"]:
         note(f"{shown(path)}: is read by task {task}, for which this model was not trained")
     sizes = reading(model.config.audio, model.config.video)
-    sizes |= {"levels": config.get("levels"), "voice_alone": "asr" in config["tasks"]}
+    sizes |= {"levels": saved.get("levels"), "voice_alone": "asr" in saved["tasks"]}
     pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
     bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
     with tqdm(total=round(source.seconds), **bar) as progress:
         for group in alike(pieces, PIECES, lambda piece: piece[1].streams):
             starts, clips = zip(*group)
             streams = clips[0].streams                                       # a silent piece lacks one
-            decoder = decoder_at(rate, choose_task(path, streams, model), config)
+            decoder = decoder_at(rate, choose_task(path, streams, model), saved)
             features = to_device(batch(clips, streams), model.device)
             answers = decoder(model, model.encode(features), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
@@ -308,11 +308,11 @@ def transcribe_and_print(path, args, **options):
 
 def main(argv=None):
     args = parse_sample_options(argv, __doc__)
-    parts = {name: getattr(args, name) for name in ("verify", "device", *FLAGS)}
+    loading = {name: getattr(args, name) for name in ("verify", "device", *FLAGS)}
     try:
-        config, clips = check_sample_options(args, parts)
+        saved, clips = check_sample_options(args, loading)
         if args.rate != "all":
-            decoder_at(args.rate, args.task or config["tasks"][0], config)
+            decoder_at(args.rate, args.task or saved["tasks"][0], saved)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
@@ -320,7 +320,7 @@ def main(argv=None):
     failed = 0
     for path in clips:
         try:
-            transcribe_and_print(path, args, **options, **parts)
+            transcribe_and_print(path, args, **options, **loading)
         except BrokenPipeError:
             raise
         except (ClipError, OSError) as error:

@@ -39,7 +39,7 @@ from real.run import split_step, threads
 from real.setup import check_config, load_for_test, set_up, write_samples
 from sample import evaluate, fixed_plan
 
-TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of the steps of stage 3; not in the paper
+TASK_SHARE = {"avsr": 0.3, "asr": 0.4, "vsr": 0.3}  # of steps; one model for all tasks is not in the paper
 PRESETS = {"": {}, "paper": dict(
     rates="4,16x2,5", tasks="avsr", n_routed=23, top_k=4, n_shared=1, bottleneck=12,
     rank=48, lr=1e-3, weight_decay=0.1, epochs=10, beam=15)}
@@ -120,8 +120,8 @@ class TrainConfig:
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
 def encode_parts(model, clips, parts, task, rng, voices, features):
-    """Augmented clips through the frozen encoders, once for all rates -> for each part (its share, its rows)
-    {stream: (tokens, lengths)}. Real encoders have read the clips before, see real/features.py."""
+    """Augment clips and encode them, once for all rates. Yields {stream: (tokens, lengths)} for each part,
+    (its share, its rows of `clips`). `features`: outputs of real encoders, see real/features.py."""
     streams = TASKS[task]
     of_clips = features.rows(clips, streams, rng) if features else rows_of(clips, streams, rng, voices)
     for _, rows in parts:
@@ -139,7 +139,7 @@ def learning_rate(step, steps, peak):
 
 def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None, check=None):
     """Train projectors, markers and MoME on all rates at once. Encoders and Llama stay frozen.
-    run: see real/run.py. `check(step, loss)` runs every --valid-every steps."""
+    pairs: see data.parse_rates. run: real.run.Run. check(step, mean loss) runs every --valid-every steps."""
     seed = config.seed
     by_epochs = math.ceil(config.epochs * len(clips) / config.batch_size)
     steps = config.steps or by_epochs or (700 if config.llm else 3500 if config.data else 1700)
@@ -149,8 +149,8 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def batch_of(step):
-        """The task, clips and sets of rates of a step, a function of (seed, step), and what this process
-        reads: parts, each with its share of all words, its transcripts and {stream: (tokens, lengths)}."""
+        """A function of (seed, step) -> task, clips, sets of rates, and the parts of this process. A part is
+        (share of all tokens to predict, transcripts, {stream: (tokens, lengths)})."""
         rng = random.Random(f"{seed} {step}")
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
         chosen = read_drawn(usable[task], TASKS[task], config.batch_size, seed, step)
@@ -158,9 +158,9 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         if config.rates_per_step == "1":
             rate_sets = [random.Random(f"{seed} {step} rates").choice(rate_sets)]
         transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
-        parts = split_step(chosen, transcripts, config)
-        encoded = encode_parts(model, chosen, parts, task, rng, voices, features)
-        parts = [(share, [transcripts[row] for row in rows], x) for (share, rows), x in zip(parts, encoded)]
+        shares = split_step(chosen, transcripts, config)
+        encoded = encode_parts(model, chosen, shares, task, rng, voices, features)
+        parts = [(share, [transcripts[row] for row in rows], x) for (share, rows), x in zip(shares, encoded)]
         return task, chosen, rate_sets, parts
 
     first = run.begin(trained, optimizer)
@@ -171,7 +171,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         _, _, rate_sets, parts = drawn
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)
         total = 0
-        for share, transcripts, encoded in parts:           # one part, but for --accumulate
+        for share, transcripts, encoded in parts:           # one or more, see real.run.split_step
             for rates in rate_sets:                         # one backward each: memory for one set of rates
                 cross_entropy, balance = model.loss(encoded, transcripts, rates)
                 loss = (share * cross_entropy + config.balance * balance / len(parts)) / len(rate_sets)
@@ -223,7 +223,7 @@ def train(config, tasks, pairs, device, watch):
     return model, saved | {"paths": config.real_paths}, clips["test"]
 
 
-def run(config):
+def train_and_test(config):
     """Train, or load for --eval-only; then test, print the table and write metrics.json."""
     if config.dry_run:
         from extras.cost import report
@@ -254,7 +254,7 @@ def main(argv=None):
     config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] ...", PRESETS, check_config)
     try:
         with threads(0.5), processes(config.device):        # two things run side by side in every stage
-            run(config)
+            train_and_test(config)
     except (*ERRORS, ClipError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -15,11 +15,11 @@ from real.files import note
 from sample import decode, decode_all, trained_rates
 
 SNRS = [None, 0.]     # noises of the calibration
-MAX_LOSS = 0.002      # of all words: what decoding at the coarse rate may cost
+MAX_LOSS = 0.002      # share of all words that may be lost by decoding at the coarse rate only
 
 
 def decode_ladder(model, encoded, ladder, beam=1):
-    """Like sample.decode, for a ladder [(rates, threshold)]: clips less sure than the threshold climb to the next rates.
+    """Like sample.decode, for a ladder [(rates, threshold)]: clips below the threshold are decoded again at the next rates.
 
     The token counts of all passes are added up."""
     doubtful, answers = list(range(len(next(iter(encoded.values()))[1]))), {}
@@ -34,26 +34,27 @@ def decode_ladder(model, encoded, ladder, beam=1):
     return [answers[clip] for clip in range(len(answers))]
 
 
-def two_rates(task, config):
-    """The coarsest trained rates, and 3/2 of the finest: a third fewer tokens, and hardly a word is lost."""
-    trained = trained_rates(task, config)
+def two_rates(task, saved):
+    """The coarsest trained rates, and 3/2 of the finest: a third fewer tokens than the finest."""
+    trained = trained_rates(task, saved)
     finer = {stream: min(math.ceil(1.5 * rate), trained[0][stream]) for stream, rate in trained[-1].items()}
     return trained[0], finer
 
 
-def auto_decoder(task, config):
-    """A function (model, encoded, beam=1) for sample.py. ClipError if the checkpoint has no threshold for the task."""
-    threshold = config.get("auto", {}).get(task)
+def auto_decoder(task, saved):
+    """A function (model, encoded, beam=1) for sample.py. saved: see auto_plan. ClipError if the checkpoint has no threshold for the task."""
+    threshold = saved.get("auto", {}).get(task)
     if threshold is None:
         raise ClipError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")
-    coarse, fine = two_rates(task, config)
+    coarse, fine = two_rates(task, saved)
     ladder = [(coarse, threshold), (fine, -math.inf)] if fine != coarse else [(coarse, -math.inf)]
     return partial(decode_ladder, ladder=ladder)
 
 
 def auto_plan(tasks, pairs, saved):
-    """The plan of sample.evaluate for `auto` of a checkpoint, `saved` is its config. Its cost is compared with the trained
-    rates, so `pairs`, the tested ones, must hold them."""
+    """The plan of sample.evaluate for `auto`. saved: the dict of config.json. pairs: the tested rates.
+
+    The table compares auto's tokens with those at the trained rates. So without these in `pairs` the plan is empty."""
     if saved.get("auto") and not set(map(tuple, saved["rates"])) <= set(pairs):
         trained = ",".join(f"{audio}:{video}" for audio, video in saved["rates"])
         note(f"auto is tested only beside all trained rates: {trained}")

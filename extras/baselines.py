@@ -35,7 +35,7 @@ RATES = ContextVar("rates")     # {stream: rate} at which this thread reads clip
 
 
 class PerRate(nn.Module):
-    """Copies of a module, equal at first, of which the one for the current RATES computes. MoME needs none of this.
+    """A copy of a module for each set of rates. The copy for the current RATES computes. MoME needs no copies.
 
     rate_sets: those that are trained. streams: those whose rates tell the copies apart."""
 

@@ -56,7 +56,7 @@ def augmented(clip, stream, voices, rng):
     if stream == "audio":
         wave = distort(clip.wave, pace, voices, rng)
         return data.with_log_power(replace(clip, wave=wave), n_mels=len(clip.log_power))
-    frames = data.change_pace(torch.from_numpy(clip.frames), pace).numpy()
+    frames = data.stretch(torch.from_numpy(clip.frames), pace).numpy()
     reach = frames.shape[1] // 20
     frames = np.roll(frames, (rng.randint(-reach, reach), rng.randint(-reach, reach)), (1, 2))
     return replace(clip, frames=frames[:, :, ::-1].copy() if rng.random() < .5 else frames)

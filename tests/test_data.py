@@ -166,7 +166,7 @@ def test_batch_shapes_and_augmentation(talker_clips):
 def test_pace():
     x = torch.arange(20.0)[:, None]
     for pace in (0.85, 1.15, 1):
-        y = data.change_pace(x, pace)
+        y = data.stretch(x, pace)
         assert len(y) == round(20 * pace) and (y[:, 0] - torch.arange(len(y)) / pace).abs().max() <= 1
     real = [data.Clip("real", "", log_power=np.zeros((80, 200), np.float16), frames=np.zeros((50, 32, 32), np.uint8))] * 8
     lengths = {s: n.tolist() for s, (_, n) in data.batch(real, ["audio", "video"], random.Random(0)).items()}

@@ -121,7 +121,7 @@ def test_frame_units():
     assert pretrain.frame_units(aligned, 10, 25, {"B": 1, "IY": 2}).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_best_path_is_the_likeliest_of_all():
+def test_ctc_path_is_the_likeliest_of_all():
     def said(path):
         return [unit for t, unit in enumerate(path) if unit and (t == 0 or path[t - 1] != unit)]
 
@@ -129,9 +129,9 @@ def test_best_path_is_the_likeliest_of_all():
     for target in ([4], [1, 2], [3, 3], [1, 2, 1], [1, 1, 1]):
         paths = [path for path in itertools.product(range(5), repeat=6) if said(path) == target]
         best = max(paths, key=lambda path: sum(log_probs[t, unit] for t, unit in enumerate(path)))
-        found = pretrain.best_path(log_probs, torch.tensor(target))
+        found = pretrain.ctc_path(log_probs, torch.tensor(target))
         assert [[0, *target][k] for k in found] == list(best)
-    assert pretrain.best_path(log_probs, torch.tensor([1, 1, 1, 1])) is None      # with blanks between, 7 tokens
+    assert pretrain.ctc_path(log_probs, torch.tensor([1, 1, 1, 1])) is None      # with blanks between, 7 tokens
 
 
 def test_units_that_are_heard_for_a_moment_are_filled_out():

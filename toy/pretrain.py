@@ -1,7 +1,7 @@
 """Stages 1 and 2: small frozen parts in place of those that somebody would have to download.
 
     stage 1  two encoders learn to tell phonemes apart                  in place of Whisper and AV-HuBERT
-             with --data they go on with real clips; what the audio encoder hears when, the video encoder learns to see
+             with --data both go on with real clips; lips take the time of each phoneme from the audio encoder
     stage 2  a tiny Llama learns, from text alone, to read a sentence   in place of Llama 3
              that is spelled in letters and to write it in words
 
@@ -35,11 +35,11 @@ from toy.tokenizer import common_words
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
 LLM_BATCH = 16     # sentences in a step of stage 2
 MADE_UP = 0.45     # share of them that are random words: with fewer, the Llama learns the grammar and not the letters
-REACH = 6          # tokens of sound (20 ms each): a unit lasts so long before and after those in which CTC hears it
+REACH = 6          # audio tokens (20 ms each) by which a unit is extended on each side of where CTC finds it
 
 
 def fit(name, parameters, loss_at, steps, lr):
-    """Minimise `loss_at(step)`: AdamW, 30 steps of warm-up, cosine decay to 5 %, gradients clipped to norm 1."""
+    """Minimise `loss_at(step)`: AdamW, up to 30 steps of warm-up, cosine decay to 5 %, gradients clipped to norm 1."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
@@ -74,7 +74,7 @@ def cached(folder, name, key, make):
 
 
 def clips_digest(clips):
-    """A hash of everything that training reads of the clips; of those not read yet, of what tells their files apart."""
+    """A hash of all that training reads of the clips. An unread clip counts by its files' sizes and times."""
     content = hashlib.sha256()
     for clip in clips:
         content.update(repr((clip.name, clip.text, clip.aligned)).encode())
@@ -104,7 +104,7 @@ def frame_units(aligned, n_tokens, tokens_per_second, unit_ids):
     return units[torch.searchsorted(ends, middles).clamp(max=len(units) - 1)]
 
 
-def best_path(log_probs, target):
+def ctc_path(log_probs, target):
     """CTC's likeliest path (Viterbi) through log_probs (T, units + 1) for the units `target` (N,) -> (T,).
 
     It is k in a token that says the k-th unit, counted from 1, and 0 in one that says none. None: T is too small."""
@@ -116,7 +116,7 @@ def best_path(log_probs, target):
     for gain in log_probs[1:, labels]:
         before = F.pad(score, (2, 0), value=-math.inf)
         ways = torch.stack([score, before[1:-1], before[:-2].masked_fill(no_skip, -math.inf)])
-        score, move = ways.max(0)                                           # move: places since the token before
+        score, move = ways.max(0)                                           # move: by how many places it advanced
         score = score + gain
         moves.append(move)
     place = len(score) - 2 + int(score[-1] >= score[-2])                    # the last unit, or the blank after it
@@ -130,7 +130,7 @@ def best_path(log_probs, target):
 
 
 def fill_out(path, reach):
-    """A path whose units are heard in a token or two -> one where they last, up to `reach` tokens to each side."""
+    """path (T,) of ctc_path -> (T,): each unit is extended by up to `reach` tokens to each side."""
     heard = path.nonzero()[:, 0]
     distance, nearest = (torch.arange(len(path))[:, None] - heard).abs().min(1)
     return torch.where(distance <= reach, path[heard[nearest]], 0)
@@ -146,14 +146,14 @@ def heard_units(encoder, head, clips, unit_ids, device):
         target = target_units(clip.text, unit_ids)
         with torch.no_grad():
             log_probs = head(encoder(x, lengths))[0].log_softmax(-1).cpu()
-        path = best_path(log_probs, target) if len(target) else None
+        path = ctc_path(log_probs, target) if len(target) else None
         if path is not None:
             heard[str(i)] = F.pad(target, (1, 0))[fill_out(path, REACH)]
     return heard
 
 
 def train_encoder(stream, encoder, clips, units, steps, seed, device, alignments):
-    """Pretrain an encoder with an output layer -> its state dict. With real clips, that has the layer under "head.".
+    """Pretrain an encoder with an output layer -> its state dict. With real clips, "head.*" holds the output layer.
 
     Aligned clips: cross-entropy with the unit at each token. Other clips: CTC. Aligned are those of the synthetic
     talker and those in `alignments`, {a clip's name: its alignment}. If these are more than half, other clips are
@@ -195,7 +195,7 @@ def first_clips(count, seed, size):
 
 
 def begin_on_talker(stream, encoder, tested, config, cache, device):
-    """Load into an encoder what it learns from the synthetic talker. Real clips are few, and say no phoneme's time."""
+    """Train an encoder on the synthetic talker first: real clips are few, and their phonemes have no known times."""
     def make():
         clips = first_clips(config.clips, config.seed, getattr(encoder.config, "picture", VideoConfig.picture))
         clips = [clip for clip in clips if clip.text not in tested]
@@ -215,7 +215,7 @@ def alignment(tokens, names, seconds):
 
 
 def learn_encoder(stream, encoder, clips, units, of_clips, alignments, tested, config, cache, device, teaches):
-    """Train and load an encoder -> alignments for the next one, if it `teaches`: what is heard is what is to be seen."""
+    """Train and load an encoder -> {clip's name: alignment} for the video encoder if `teaches`, else {}."""
     is_real = not clips[0].aligned
     steps = config.ctc_steps if is_real else getattr(config, f"{stream}_steps")
     torch.manual_seed(config.seed)
@@ -286,7 +286,7 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
     of_clips = clips_digest(clips) if set(model.encoders) - set(given) else ""
     plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
     key = [seed, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
-    is_there = "llm" in given or cache_file(cache, "llama", key).is_file()      # then it needs no process
+    is_there = "llm" in given or cache_file(cache, "llama", key).is_file()      # then the Llama needs no process
     process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), begin_worker)
     with (ThreadPoolExecutor(1) if is_there else process((torch.get_num_threads(),))) as beside:
         if "llm" not in given:
