@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save
 from data import TASKS, load_tokenizer
 from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
-from real.files import CheckpointError, WeightsError, digest, to_json, write_together
+from real.files import CheckpointError, WeightsError, digest, refuse_pointer, to_json, write_together
 from real.run import choose_device
-from real.weights import fingerprint, refuse_pointer
+from real.weights import fingerprint
 
 FORMAT = 4  # raise it when old checkpoints can no longer be loaded
 EXPERTS = ("n_routed", "top_k", "n_shared", "bottleneck", "place")    # the fields of LlamaConfig that describe MoME

@@ -5,7 +5,7 @@
 """
 import argparse
 import sys
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import count, groupby, islice
 from pathlib import Path
@@ -31,8 +31,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
-    With `longest` None the file, or `span` (start and end in seconds) of it, is read as one clip. Damage that ffmpeg
-    reports is then an error, otherwise a note.
+    With `longest` None the file, or `span` (start and end in seconds) of it, is one piece; what is over 30 s follows.
+    Damage that ffmpeg reports is then an error, otherwise a note.
     `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`.
     voice_alone: sound may be read without pictures, so pictures that do not move are left out beside it."""
     def lips():
@@ -47,9 +47,8 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     if spans == []:
         unused |= {"sound is silent"} if source.has_sound else set()
         unused |= {"pictures do not move"} if selected.picture_size else set()
-    with ExitStack() as stack:
-        sound = stack.enter_context(closing(media.wave_frames(selected))) if selected.has_sound else None
-        pictures = stack.enter_context(lips()) if selected.picture_size else None
+    with (closing(media.wave_frames(selected)) if selected.has_sound else nullcontext() as sound,
+          lips() if selected.picture_size else nullcontext() as pictures):
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
             if frames is None and selected.picture_size:
                 unused.add(AWAY)
@@ -81,7 +80,7 @@ def spans_to_read(source, selected, lips, longest, span):
     The arguments are those of `read_pieces` and `speech_over_time`."""
     if span:
         return [(round(span[0] * FPS), round(span[1] * FPS))], 0
-    max_frames = round((longest or MAX_SECONDS + 1) * FPS)
+    max_frames = round((longest or MAX_SECONDS) * FPS)
     if longest:
         active, level, borders = speech_over_time(source, selected, lips, max_frames)
         if len(level) > max_frames:
@@ -96,7 +95,7 @@ def longest_hole(wave, frames):
     if frames is not None:
         same.append(np.append(False, (frames[1:] == frames[:-1]).all((1, 2))))
     inner = np.trim_zeros(~np.all(same, axis=0)) if same else np.zeros(0, bool)
-    return max((len(run) for run in np.split(inner, np.flatnonzero(np.diff(inner)) + 1) if not run.all()), default=0)
+    return max((len(run) for run in runs(inner) if not run.all()), default=0)
 
 
 def check_read(source, longest, span, end, hole, n_pieces, unused):
@@ -149,7 +148,7 @@ def speech_over_time(source, selected, lips, max_frames):
     heard = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), rise=6)
     active, borders = np.pad(heard, missing), []
     level = np.pad(level, missing, constant_values=-200)
-    unheard = long_runs(level <= media.SILENCE, UNHEARD)
+    unheard = np.concatenate([run & (len(run) >= UNHEARD) for run in runs(level <= media.SILENCE)])
     if selected.picture_size and unheard.any() and n_frames > max_frames:
         with lips() as pictures:
             motion = media.motion(pictures)[:n_frames]
@@ -161,10 +160,7 @@ def speech_over_time(source, selected, lips, max_frames):
 
 
 def limits(clips):
-    """What sample.py keeps to -> a dict for config.json.
-
-    longest: the duration of the longest training clip. levels: the 5th and the 95th percentile of the clips' mean power
-    in dB, or None without sound."""
+    """What sample.py keeps to: the longest clip's seconds, the 5th and 95th percentile of the levels (None: no sound)."""
     levels = [mel_level(clip) for clip in clips if clip.log_power is not None]
     return {"longest": max(clip.duration for clip in clips),
             "levels": np.percentile(levels, (5, 95)).tolist() if levels else None}
@@ -183,10 +179,9 @@ def at_level(clip, levels):
     return with_log_power(replace(clip, wave=clip.wave * np.float32(10 ** (gain / 20))), len(clip.log_power))
 
 
-def long_runs(x, shortest):
-    """x (T,) bool -> (T,) bool: true in the runs of true of at least `shortest`."""
-    runs = np.split(x, np.flatnonzero(np.diff(x)) + 1)
-    return np.concatenate([run & (len(run) >= shortest) for run in runs])
+def runs(x):
+    """x (T,) bool -> its parts in which it does not change, one after another."""
+    return np.split(x, np.flatnonzero(np.diff(x)) + 1)
 
 
 def read_clip(path, span=None, sound=None, **reading):
@@ -208,13 +203,8 @@ def read_clip(path, span=None, sound=None, **reading):
     if not span and source.seconds > MAX_SECONDS + 1:    # the header says so, and nothing need be decoded
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
     (_, clip), *more = read_pieces(source, None, span=span, **reading)
-    if more or clip.duration > MAX_SECONDS + ADDED:
+    if clip.duration + sum(rest.duration for _, rest in more) > MAX_SECONDS + ADDED:
         raise clip_error(path, f"longer than {MAX_SECONDS} s; cut it into pieces")
-    if clip.duration > MAX_SECONDS:
-        wave, frames = clip.wave, clip.frames
-        clip = replace(clip, wave=wave if wave is None else wave[:MAX_SECONDS * SAMPLE_RATE],
-                       frames=frames if frames is None else frames[:MAX_SECONDS * FPS])
-        clip = with_log_power(clip, reading.get("n_mels", 80))
     return clip
 
 
@@ -229,9 +219,9 @@ def choose_task(name, streams, model, task=None):
     """`task`, if the model and the clip `name`, which has `streams`, have what it needs. Without a task: the one that
     uses all streams that both have. Raises ClipError."""
     common = tuple(stream for stream in model.encoders if stream in streams)
-    if others := [stream for stream in streams if stream not in common and task is None and common]:
-        note(f"{shown(name)}: its {others[0]} is not read, because the model reads {common[0]} only")
     if task is None and common:
+        for other in set(streams) - set(common):
+            note(f"{shown(name)}: its {other} is not read, because the model reads {common[0]} only")
         return next(task for task, needed in TASKS.items() if needed == common)
     if task is None or not set(TASKS[task]) <= set(common):
         needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else (

@@ -8,7 +8,6 @@ import sys
 import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from glob import glob
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,11 +29,6 @@ class TrainingError(ValueError):
 ERRORS = (CheckpointError, TrainingError, WeightsError, OSError, BrokenProcessPool)    # each is said in one line
 HALF = ".half"  # ends the name of a file that is being written
 SPAN = "#t="    # in the name of a clip that is a part of a file: what follows is its start and end in seconds
-
-
-def expanded(paths):
-    """Paths, where a pattern like *.mp4 that the shell left is replaced by what it matches."""
-    return [found for path in paths for found in (not os.path.exists(path) and sorted(glob(str(path))) or [path])]
 
 
 def is_first():
@@ -127,6 +121,12 @@ def is_pointer(path):
     return os.path.getsize(path) < 1024 and Path(path).read_bytes().startswith(b"version https://git-lfs")
 
 
+def refuse_pointer(path):
+    """Raises WeightsError if the file is Git LFS's pointer to one that was not fetched."""
+    if os.path.isfile(path) and is_pointer(path):
+        raise WeightsError(f"{path}: a Git LFS pointer, not the file; fetch it with: git lfs pull")
+
+
 def digest(value):
     """A hash of any value that JSON can hold, 40 letters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:40]
@@ -144,9 +144,8 @@ def write_json(path, value):
 
 def read_json(path):
     """The value in a JSON file. Raises WeightsError if it is missing or not JSON."""
+    refuse_pointer(path)
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        if os.path.isfile(path) and is_pointer(path):
-            error = "it is a Git LFS pointer; fetch the file with: git lfs pull"
         raise WeightsError(f"{path}: not readable as JSON: {error}") from None

@@ -109,8 +109,6 @@ class Unread(Clip):
 
 def read_all(clips):
     """Clips -> the same, in order. Unread ones are read, several at a time; None stands for one that cannot be used."""
-    if not any(isinstance(clip, Unread) for clip in clips):
-        return list(clips)
     with ThreadPoolExecutor() as readers:
         return list(readers.map(lambda clip: clip.read() if isinstance(clip, Unread) else clip, clips))
 

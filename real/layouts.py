@@ -1,12 +1,4 @@
-"""Which clips a folder holds, what is said in them and which split they belong to. These layouts are known:
-
-    manifest.csv or .tsv             columns path, text and, if you like, split and talker; paths relative to the table
-    Common Voice                     clips/, train.tsv, dev.tsv, test.tsv
-    LRS2                             main/, pretrain/ and the lists train.txt, val.txt, test.txt
-    Sphinx (AN4)                     wav/, etc/NAME_train.fileids, etc/NAME_train.transcription, the same for test
-    LibriSpeech                      TALKER-CHAPTER.trans.txt beside the sound, in folders like train-clean-100
-    GRID                             s1/NAME.mpg, and NAME.align beside it or in a folder align or alignments
-    LRS3, or your own                NAME.mp4 and NAME.txt; the text follows `Text:`, or is the whole file
+"""Which clips a folder holds, what is said in them and which split they belong to. docs/real.md lists the layouts.
 
 A split is named by the table or list, or by a folder: train, dev and test, or a name that begins with one of them.
 Where no split is named, Entry.split is None. Links are followed.
@@ -57,20 +49,16 @@ def recognise(folder):
     names = list(files_below(folder))
     name, listed = by_tables(folder)
     if not listed:
-        below_it = {Path(path).parent for path in names if os.path.basename(path).lower() in LISTS} - {folder}
-        for below in sorted(below_it):
-            if (name := by_tables(below)[0]):
-                raise clip_error(folder, f"layout {name} is in {shown(below)}, below it; give that folder")
-        for path in in_lower_case(folder).values():
-            if path.name.lower() in LISTS and not any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES):
+        for path in sorted(Path(name) for name in names if os.path.basename(name).lower() in LISTS):
+            if path.parent != folder and (name := by_tables(path.parent)[0]):
+                raise clip_error(folder, f"layout {name} is in {shown(path.parent)}, below it; give that folder")
+            if path.parent == folder and not any(path.with_suffix(suffix).is_file() for suffix in SUFFIXES):
                 raise clip_error(path, "a list without its clips: LRS2's lies beside main/, Common Voice's beside clips/; "
                                        "move it there, or away")
         name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
-    used = {str(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
-    others = [path for path in names if path not in used and os.path.splitext(path)[1].lower() not in TEXTS]
-    used = set(map(os.path.abspath, used)) if others else used             # a table may write a path in another way
-    suffixes = (os.path.splitext(path)[1].lower() for path in others if os.path.abspath(path) not in used)
-    return name, listed, Counter(suffix or "without suffix" for suffix in suffixes)
+    used = {os.path.abspath(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
+    suffixes = (os.path.splitext(path)[1].lower() for path in names if os.path.abspath(path) not in used)
+    return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
 
 
 def by_tables(folder):
@@ -135,8 +123,8 @@ def named_split(name):
 def read_table(path, *names, quotes=csv.QUOTE_MINIMAL):
     """Yield (line number, {column: value}) of a table. Its header tells whether comma, semicolon or tab separates.
 
-    `names` are columns that it must have. Spreadsheets end lines with empty columns, which do not count.
-    Raises ClipError, which names the line."""
+    `names` are columns that it must have; others that it lacks are "". Spreadsheets end lines with empty columns, which
+    do not count. Raises ClipError, which names the line."""
     text = read_text(path)
     separator = max(",;\t", key=text.partition("\n")[0].count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quotes, strict=True,
@@ -154,7 +142,7 @@ def read_table(path, *names, quotes=csv.QUOTE_MINIMAL):
             if any(map(NEXT_CLIP.search, row)):
                 raise csv.Error("a text in quotes goes on over the next clips; is a quote missing?")
             if row:
-                yield rows.line_num, dict(zip_longest(columns, row, fillvalue=""))
+                yield rows.line_num, defaultdict(str, zip_longest(columns, row, fillvalue=""))
     except csv.Error as error:
         raise clip_error(path, f"line {rows.line_num}: not a table: {error}") from None
 
@@ -181,7 +169,7 @@ def manifest(folder):
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
-        said = row["text"], row.get("split", "").lower()
+        said = row["text"], row["split"].lower()
         before, first = seen.setdefault(os.path.normpath(folder / row["path"]), (said, line))
         if said != before:
             other = "text" if said[0] != before[0] else "split"
@@ -191,10 +179,9 @@ def manifest(folder):
             raise clip_error(path, f"line {line}: {row['path']!r} is an address, not a file; download it first")
         if ERROR_CELL.fullmatch(row["text"]):
             raise clip_error(path, f"line {line}: {row['text']} is a spreadsheet's error, not what is said")
-        split = row.get("split", "")
-        if split and split.lower() not in SPLITS:
-            raise clip_error(path, f"line {line}: split {split!r} is not one of {', '.join(SPLITS)}")
-        listed.append(Entry(folder / row["path"], row.get("talker", ""), SPLITS.get(split.lower()), text=row["text"]))
+        if row["split"] and said[1] not in SPLITS:
+            raise clip_error(path, f"line {line}: split {row['split']!r} is not one of {', '.join(SPLITS)}")
+        listed.append(Entry(folder / row["path"], row["talker"], SPLITS.get(said[1]), text=row["text"]))
     if not listed:
         raise clip_error(path, "no clips here, only its first line")
     if any(entry.talker for entry in listed):
@@ -209,7 +196,7 @@ def common_voice(folder):
     tables = {name: inside[f"{name}.tsv"] for name in ("train", "dev", "test") if f"{name}.tsv" in inside}
     if "clips" not in inside or not tables:
         return None
-    return [Entry(inside["clips"] / row["path"], row.get("client_id", ""), SPLITS[name], text=row["sentence"])
+    return [Entry(inside["clips"] / row["path"], row["client_id"], SPLITS[name], text=row["sentence"])
             for name, table in tables.items()
             for _, row in read_table(table, "path", "sentence", quotes=csv.QUOTE_NONE)]
 
@@ -240,10 +227,9 @@ def lrs2(folder):
 
 def sphinx(files):
     """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
-    lists = [path for path in files if path.suffix == ".fileids"]      # one word of their names is that of the split
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
-    for path in lists:
+    for path in (path for path in files if path.suffix == ".fileids"):      # one word of its name is that of the split
         texts, source = {}, path.with_suffix(".transcription")
         for line in read_text(source).splitlines():
             if found := re.fullmatch(r"(.*)\((\S+)\)\s*", line):
@@ -262,7 +248,7 @@ def sphinx(files):
 
 def side_by_side(folder, files):
     """Entries of media files with a transcript, or with none, in which case reading them says so."""
-    lists, list_in, aligns = {}, {}, defaultdict(list)
+    lists, list_in, aligns, listed = {}, {}, defaultdict(list), []
     for path in files:
         if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
             list_in[path.parent] = path
@@ -270,15 +256,14 @@ def side_by_side(folder, files):
                 lists[path.parent / name] = " ".join(words)
         elif path.suffix.lower() == ".align":
             aligns[path.stem].append((folders(path, folder), path))
-    known, listed = {path.with_suffix(path.suffix.lower()): path for path in files}, []
-    sounds = [path for path in files if path.suffix.lower() in SOUND_SUFFIXES]
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES]
-    of_pictures = {clip_key(path, folder) for path in pictures}
-    clips = sorted(pictures + [path for path in sounds if clip_key(path, folder) not in of_pictures])
-    sound_of = {clip_key(path, folder): path for path in sounds}
-    talker_of = zip(clips, talkers([clip_key(path, folder)[:-1] for path in clips]))
+    known = {path.with_suffix(path.suffix.lower()): path for path in files}
+    key = {path: clip_key(path, folder) for path in files}
+    of_pictures = {key[path] for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES}
+    sounds = {path: key[path] in of_pictures for path in files if path.suffix.lower() in SOUND_SUFFIXES}
+    sound_of = {key[path]: path for path, has_pictures in sounds.items() if has_pictures}
+    clips = [path for path in files if path.suffix.lower() in SUFFIXES and not sounds.get(path)]
     everybody = set().union(*(folders(path, folder) for path in clips))
-    for path, talker in talker_of:
+    for path, talker in zip(clips, talkers([key[path][:-1] for path in clips])):
         split = next(filter(None, map(named_split, path.relative_to(folder).parts[:-1])), None)
         text = lists.get(path.with_suffix(""))
         source = known.get(path.with_suffix(".txt"), list_in.get(path.parent))
@@ -288,16 +273,16 @@ def side_by_side(folder, files):
             most = max((n for n, _ in alike), default=0)
             best = [align for n, align in alike if n == most]
             source = best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
-        sound = sound_of.get(clip_key(path, folder)) if path.suffix.lower() not in SOUND_SUFFIXES else None
+        sound = sound_of.get(key[path])
         own = sound and known.get(sound.with_suffix(".txt"))
         if own and source and source.suffix == ".txt" and read_text(own).split() != read_text(source).split():
             raise clip_error(own, f"another text than in {shown(source)}; clips of one name are taken to be one clip")
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
         note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
-    keys, places = {clip_key(path, folder) for path in clips}, {entry.source and entry.source.parent for entry in listed}
-    alone = [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")]
-    if alone := [path for path in alone if path.parent in places and clip_key(path, folder) not in keys]:
+    keys, places = {key[path] for path in clips}, {entry.source and entry.source.parent for entry in listed}
+    if alone := [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")
+                 and path.parent in places and key[path] not in keys]:
         note(f"{shown(folder)}: {len(alone)} .txt belong to no clip, like {shown(alone[0].name)}")
     return listed
 

@@ -42,7 +42,7 @@ POINTS = {        # a landmark is the mean of these vertices of FaceMesh; the la
     "right eye": (33, 160, 158, 133, 153, 144), "left eye": (362, 385, 387, 263, 373, 380),
     "nose base": (2, 97, 98, 326, 327), "mouth": (61, 291, 0, 17, 13, 14),
     "right corner": (61,), "left corner": (291,), "upper lip": (0,), "lower lip": (17,)}
-HINT = "say where the mouth is, --box x,y,w,h, or use the sound alone, --task asr"
+HINT = "say where the mouth is, --box x,y,w,h; or use the sound alone, --task asr"
 STDERR = threading.Lock()
 FILLING = defaultdict(threading.Lock)   # one for each file of the cache
 
@@ -110,8 +110,7 @@ def face_mesh(source):
         except ImportError:
             size = "{}x{}".format(*source.picture_size)
             raise clip_error(source.path, f"finding the mouth in a picture of {size} needs mediapipe: "
-                             "pip install -r requirements-face.txt; or say where it is, --box x,y,w,h; "
-                             "or use the sound alone, --task asr") from None
+                                          f"pip install -r requirements-face.txt; or {HINT}") from None
         mesh = FaceMesh(max_num_faces=MAX_FACES, min_detection_confidence=0.5, min_tracking_confidence=0.5)
         mesh.process(np.zeros((64, 64, 3), np.uint8))  # the first picture makes it load its models and print messages
     with mesh:
@@ -163,12 +162,11 @@ def fill_gaps(track, n_frames, source):
     times = sorted(track)
     points = np.stack([np.interp(range(n_frames), times, point) for point in np.stack([track[t] for t in times]).T], 1)
     for present, run in groupby(range(n_frames), track.__contains__):
-        gap = list(run)
         if not present:
-            fate = "the pictures there are not used" if len(gap) > MAX_GAP else "filled from their neighbours"
+            gap, fate = list(run), "filled from their neighbours"
+            if len(gap) > MAX_GAP:
+                points[gap], fate = np.nan, "the pictures there are not used"
             note(f"{shown(source.path)}: no face in frames {gap[0]}-{gap[-1]} of {n_frames} ({FPS} a second); {fate}")
-        if not present and len(gap) > MAX_GAP:
-            points[gap] = np.nan
     return points
 
 

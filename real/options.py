@@ -3,11 +3,11 @@ import argparse
 import math
 import os
 from dataclasses import field, fields
+from glob import glob
 from pathlib import Path
 
 from data import TASKS
 from real.checkpoint import FLAGS, load_for_use
-from real.files import expanded
 from real.media import SUFFIXES
 from real.mouth import parse_box
 
@@ -67,8 +67,7 @@ def parse_snrs(text):
 
 def parse_sample_options(argv, description):
     """The command line of sample.py. A wrong flag ends the program with one line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("clips", nargs="*", metavar="CLIP", help="media files (default: those in CKPT/samples)")
     add("--ckpt", default="out", help="folder that train.py wrote (default %(default)s)")
@@ -108,7 +107,9 @@ def check_sample_options(args, parts):
         streams = " and ".join(model.encoders)
         raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
     samples = sorted(Path(args.ckpt, "samples").glob("*"))
-    clips = expanded(args.clips) or [path for path in samples if path.suffix.lower() in SUFFIXES]
+    clips = [found for path in args.clips                  # the shell may have left a pattern like *.mp4
+             for found in (not os.path.exists(path) and sorted(glob(path)) or [path])]
+    clips = clips or [path for path in samples if path.suffix.lower() in SUFFIXES]
     if not clips:
         raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
     for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):

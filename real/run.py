@@ -158,9 +158,6 @@ def prepare_layers(layers, config):
     def in_turn(usual, trained):
         return lambda *x, **attention: (trained if torch.is_grad_enabled() else usual)(*x, **attention)
 
-    def contexts(layer):
-        return nullcontext(), routing_kept(layer.mome)
-
     for layer in layers:
         usual = trained = layer.forward
         if config.compile:
@@ -168,7 +165,7 @@ def prepare_layers(layers, config):
             trained = torch.compile(trained, dynamic=True)
         if config.checkpointing:                            # no layer draws random numbers
             trained = partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=False,
-                              context_fn=partial(contexts, layer))
+                              context_fn=lambda mome=layer.mome: (nullcontext(), routing_kept(mome)))
         layer.forward = in_turn(usual, trained)
 
 
@@ -208,22 +205,20 @@ def begin_worker(n_threads):
 @contextmanager
 def own_folder(folder):
     """In this block the folder exists, can be written, and belongs to this process. Raises OSError, CheckpointError."""
-    lock = Path(folder, ".lock")
     if not is_first():
         yield
         return
-    if Path(folder).exists() and not Path(folder).is_dir():
+    folder, lock = Path(folder), Path(folder, ".lock")
+    is_new = not folder.exists()
+    if not is_new and not folder.is_dir():
         raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
-    written = [path for kind in ("json", "safetensors", "csv") for path in Path(folder).glob(f"*.{kind}")]
-    wrong = [path for path in written if path.is_dir()]
-    wrong += [path for path in Path(folder).glob("samples") if not path.is_dir()]
-    if wrong:
-        raise CheckpointError(f"{wrong[0]}: stands where training writes; move it, or name another --out")
-    found = [path for name in WRITTEN for path in sorted(Path(folder).glob(name))]
+    for path in folder.glob("*"):
+        if (path.suffix in (".json", ".safetensors", ".csv")) if path.is_dir() else path.name == "samples":
+            raise CheckpointError(f"{path}: stands where training writes; move it, or name another --out")
+    found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
     if found and not is_ours(folder):
         raise CheckpointError(f"{found[0]}: training would replace it, and did not write it; name another --out")
-    is_new = not Path(folder).exists()
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""
     if owner.isdecimal() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "
@@ -235,7 +230,7 @@ def own_folder(folder):
             file.write(str(os.getpid()))
     except FileExistsError:
         raise CheckpointError(f"{folder}: another process has just begun to train into it; name another --out") from None
-    for left in Path(folder).glob(f".*{HALF}"):     # of processes that were killed
+    for left in folder.glob(f".*{HALF}"):           # of processes that were killed
         owner = left.stem.rpartition(".")[2]
         if owner.isdecimal() and not is_running(int(owner)):
             left.unlink()
@@ -243,8 +238,8 @@ def own_folder(folder):
         yield
     finally:
         lock.unlink(missing_ok=True)
-        if is_new and not any(Path(folder).iterdir()):
-            Path(folder).rmdir()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def is_ours(folder):

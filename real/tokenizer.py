@@ -6,8 +6,8 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from real.files import WeightsError, read_json
-from real.weights import refuse_pointer, refusing
+from real.files import WeightsError, read_json, refuse_pointer
+from real.weights import refusing
 from toy.tokenizer import make_tokenizer
 
 # Regular expressions that cut text into words before BPE merges the bytes of each word.
@@ -55,9 +55,7 @@ def is_text(token):
 
 
 def isolated(pattern, text):
-    """The matches of a compiled pattern and what lies between them, in order, none of them empty.
-
-    Together they are the text, which has no NUL in it: data.normalize leaves none."""
+    """The matches of a compiled pattern and what lies between them. The text has no NUL: data.normalize leaves none."""
     return filter(None, pattern.sub("\0\\g<0>\0", text).split("\0"))
 
 
@@ -76,11 +74,11 @@ def read_tokenizer(folder):
     model, steps = file.get("model", {}), flat(file.get("pre_tokenizer"), "pretokenizers")
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
     others = [step["type"] for step in flat(file.get("normalizer"), "normalizers") if step["type"] != "NFC"]
-    if model.get("type") == "BPE" and byte_level and others:
-        raise WeightsError(f"{path}: its normalizer {others[0]} is not supported")
-    if model.get("type") != "BPE" or model.get("byte_fallback") or others or not byte_level:
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
+    if others:
+        raise WeightsError(f"{path}: its normalizer {others[0]} is not supported")
     if steps[-1] is not byte_level[0]:
         raise WeightsError(f"{path}: its pre_tokenizer has a step after ByteLevel, which is not supported: {steps[-1]['type']}")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -144,9 +142,7 @@ def word_pattern(step, path):
         pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
         if not regex.search(r"&&|\\h", pattern):             # in HF's expressions these have another meaning
             return pattern
-    shown = "type", "behavior", "invert", "add_prefix_space", "pattern"
-    facts = {key: value for key, value in step.items() if key in shown}
-    raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {facts}")
+    raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {step}")
 
 
 def bytes_of_letters():

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from real.files import WeightsError, is_pointer, read_json
+from real.files import WeightsError, read_json, refuse_pointer
 
 BLOCK = 1 << 16  # bytes
 N_BLOCKS = 64    # blocks of one file that the cheap fingerprint hashes
@@ -45,16 +45,13 @@ def fingerprint(path, whole=False):
     same layout differs. The first block holds names and shapes in a safetensors file."""
     digest, total = hashlib.sha256(), 0
     for file in weight_files(path):
-        try:
-            size = file.stat().st_size
-            last = max(0, size - BLOCK)
-            starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
-            with open(file, "rb") as f:
-                for start in starts:
-                    f.seek(start)
-                    digest.update(f.read(BLOCK))
-        except OSError as error:
-            raise WeightsError(f"{file}: not readable: {error}") from None
+        size = file.stat().st_size
+        last = max(0, size - BLOCK)
+        starts = range(0, size, BLOCK) if whole else [last * i // (N_BLOCKS - 1) for i in range(N_BLOCKS)]
+        with open(file, "rb") as f:
+            for start in starts:
+                f.seek(start)
+                digest.update(f.read(BLOCK))
         total += size
     return {"bytes": total, "whole" if whole else "sample": digest.hexdigest()}
 
@@ -69,12 +66,6 @@ def read_safetensors(folder):
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{path}: not readable as safetensors: {error}") from None
     return tensors
-
-
-def refuse_pointer(path):
-    """Raises WeightsError if the file is Git LFS's pointer to weights that were not fetched."""
-    if path.is_file() and is_pointer(path):
-        raise WeightsError(f"{path}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
 
 
 def refusing(load):
@@ -132,9 +123,6 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
 
 # --- Llama (HF's LlamaForCausalLM) ----------------------------------------------------------------------------------
 
-UNUSED_IN_LLAMA = r"lm_head\.weight|.*rotary_emb\.inv_freq"  # some files also store the tied output head
-
-
 @refusing
 def load_llama(cls, folder, dtype=torch.float32, **experts):
     """The Llama in an HF folder -> cls in `dtype`, with new fp32 MoMEs if `experts` (n_routed=, ...) says so.
@@ -145,7 +133,7 @@ def load_llama(cls, folder, dtype=torch.float32, **experts):
     if config.tied and head is not None and table is not None and not torch.equal(head, table):
         config = replace(config, tied=False)    # as in transformers: a head of its own counts, whatever the config says
     llm = filled(cls, config, tensors, lambda name: name if name == "lm_head.weight" else f"model.{name}", folder,
-                 dtype, UNUSED_IN_LLAMA)
+                 dtype, unused=r"lm_head\.weight|.*rotary_emb\.inv_freq")     # some files also store the tied output head
     llm.inv_freq = scaled_inv_freq(config)
     llm.add_mome(**experts)
     return speed_up(llm)
@@ -244,9 +232,6 @@ def speed_up(llm):
 
 # --- Whisper's encoder (HF) -----------------------------------------------------------------------------------------
 
-UNUSED_IN_WHISPER = r"(model\.)?decoder\.|proj_out\."
-
-
 def padding(cls):
     """An AudioEncoder class -> one that fills up each clip with silence to 30 s, as Whisper was trained."""
     class PaddedAudioEncoder(cls):
@@ -272,8 +257,8 @@ def load_whisper(cls, folder, dtype=torch.float32, padded=False):
     prefix = next((p for p in ("model.encoder.", "encoder.") if f"{p}conv1.weight" in tensors), "")
     cls = padding(cls) if padded else cls
     config = cls.Config(**whisper_config(folder), padded=padded)
-    encoder = filled(cls, config, tensors, lambda name: prefix + whisper_name(name), folder, dtype, UNUSED_IN_WHISPER)
-    return encoder.eval()
+    return filled(cls, config, tensors, lambda name: prefix + whisper_name(name), folder, dtype,
+                  unused=r"(model\.)?decoder\.|proj_out\.").eval()
 
 
 def whisper_config(folder):
@@ -296,15 +281,13 @@ def whisper_name(name):
 
 # --- AV-HuBERT ------------------------------------------------------------------------------------------------------
 
-UNUSED_IN_AVHUBERT = r"mask_emb|final_proj\.|label_embs_concat|feature_extractor_audio\."
-
-
 @refusing
 def load_avhubert(cls, path, dtype=torch.float32):
     """The encoder of an AV-HuBERT file (Base or Large, also fine-tuned) -> cls in `dtype`. Raises WeightsError."""
     tensors = avhubert_tensors(path)
     config = cls.Config(**avhubert_config(tensors))
-    return filled(cls, config, tensors, avhubert_name, path, dtype, UNUSED_IN_AVHUBERT).eval()
+    return filled(cls, config, tensors, avhubert_name, path, dtype,
+                  unused=r"mask_emb|final_proj\.|label_embs_concat|feature_extractor_audio\.").eval()
 
 
 def avhubert_tensors(path):
@@ -377,7 +360,7 @@ def read_pickle(path):
     """The content of a torch file, on the CPU. Objects other than tensors and plain data are `Inert`."""
     inert = SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
                             load=lambda file, **options: InertUnpickler(file, **options).load())
-    refuse_pointer(Path(path))
+    refuse_pointer(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
     except Exception as error:  # a damaged pickle can raise any error
