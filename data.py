@@ -28,8 +28,9 @@ MAX_RATE = 10_000                                        # the most tokens that 
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # "don't", Hebrew, Persian
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
-HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|\u20e3")  # invisible marks, like soft hyphens
-PLAIN = str.maketrans(dict.fromkeys("’‘ʼ＇`´‛′՚׳", "'"))
+HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|[\u20e3\u0640]")  # unseen marks, Arabic's long lines
+FORMS = regex.compile(r"[\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")    # joined, wide, bold letters
+PLAIN = str.maketrans(dict.fromkeys("’‘ʼ`´‛′՚׳", "'"))
 
 
 class ClipError(ValueError):
@@ -182,9 +183,7 @@ def augmented_frames(frames, rng):
 
 def rows_of(clips, streams, rng=None, voices=()):
     """Clips -> {stream: B rows}: audio (frames, M), video (T, H, W), 0 to 1.
-
-    With a random.Random `rng` the clips are augmented, with babble of the clips `voices`. Real clips also
-    change their pace."""
+    With a random.Random `rng` clips are augmented, with babble of `voices`. Real clips also change pace."""
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
     paces = [min(pace, MAX_SECONDS / clip.duration) for pace, clip in zip(paces, clips)]
     rows = {}
@@ -244,8 +243,9 @@ def drawn_clips(clips, size, seed, step):
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
-    Hidden marks are dropped. NFC makes equal words equal. Training, WER and transcripts share this."""
-    text = unicodedata.normalize("NFC", HIDDEN.sub("", text)).translate(PLAIN)
+    NFC, and NFKC of FORMS, make equal words equal. Training, WER and transcripts share this."""
+    text = FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), HIDDEN.sub("", text))
+    text = unicodedata.normalize("NFC", text).translate(PLAIN)
     return unicodedata.normalize("NFC", " ".join(WORD.findall(text)).lower())
 
 

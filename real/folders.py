@@ -4,6 +4,7 @@ Where the folder names no splits, a fifth of the talkers is held out for testing
 talker. Of a large folder the test clips and some training clips are read at the start; their voices make babble. The
 other training clips are read when they are drawn.
 """
+import html
 import os
 import random
 import unicodedata
@@ -136,7 +137,7 @@ def read_entry(entry, reading=None, unusable=None):
 
     With `unusable` it becomes an Unread. A sound file has no pictures."""
     try:
-        text = normalize(TAG.sub(" ", transcript(entry)))
+        text = normalize(TAG.sub(" ", html.unescape(transcript(entry))))
         if not text:
             raise clip_error(entry.path, "no words in its transcript, expected what is said")
         if unusable:
@@ -177,6 +178,9 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("trai
         if not counts[split] and not is_drawn:         # said before any clip is read
             there = ", ".join(f"{n} in {name}" for name, n in sorted(counts.items()))
             raise clip_error(folder, f"no clip is in its {split} split ({there}); add some, or name other splits")
+    if is_drawn and "train" not in splits:
+        note(f"{shown(folder)}: names no splits, so {counts['test']} of its {len(listed)} clips are tested; of a folder test "
+             "in it, all are")
     listed = [entry for entry in listed if entry.split in splits]
     if passed_over:
         note(f"passed over in {shown(folder)} ({layout}): {passed_over}")

@@ -1,6 +1,6 @@
 """Which clips a folder holds, what is said in them and which split they belong to. docs/real.md lists the layouts.
 
-A split is named by the table or list, or by a folder: train, dev and test, or a name that begins with one of them.
+A split is named by the table or list, or else by a folder: one word of its name is train, dev or test, or a synonym.
 Where no split is named, Entry.split is None. Links are followed.
 """
 import csv
@@ -19,10 +19,14 @@ from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
 SYNONYMS = {"train": "train training trainval pretrain", "test": "test testing eval evaluation",
             "valid": "valid validation validate val dev development"}
-SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data")}
-# Folders that are named for what is in them, like audio_25k: they are no talkers.
-KINDS = re.compile(r"(audio|video|sound|clip|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?(_\d+k)?|mpg_\d+|\d+k")
+SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data", "list")}
+TALKERS = "talker", "speaker", "speaker_id", "client_id", "spk", "spk_id"     # names of a table's column
+# What a folder's name says of the kind of its files, like audio_25k: neither talker nor split.
+KIND = re.compile(r"(?<![a-z\d])(mpg_\d{4}|(audio|video|sound|clip|text|txt|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?|"
+                  r"\d+k(hz)?)(?![a-z\d])", re.I)
 NEXT_CLIP = re.compile(rf"\n.*({'|'.join(map(re.escape, SUFFIXES))})\b", re.I)    # a later line of a cell names a file of media
+# Zeros of UTF-16, control characters, what could not be decoded, and UTF-8 that was read as Windows text.
+DAMAGE = re.compile("[\0-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f\ufffd]|Ã[\xa1-\xbf]|â€")
 ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
 LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
@@ -57,7 +61,11 @@ def recognise(folder):
                                        "move it there, or away")
         name, listed = by_files(folder, sorted(map(Path, names)))          # 100,000 Paths take seconds
     used = {os.path.abspath(path) for entry in listed for path in (entry.path, entry.source, entry.sound) if path}
-    suffixes = (os.path.splitext(path)[1].lower() for path in names if os.path.abspath(path) not in used)
+    others = [Path(path) for path in names if os.path.abspath(path) not in used]
+    lists = [path for path in others if path.suffix.lower() in TEXTS and named_split(path.stem)]
+    if lists and not any(entry.split for entry in listed):
+        note(f"{shown(lists[0])}: does it name a split? it is not read; a manifest.csv or folders can name splits")
+    suffixes = (path.suffix.lower() for path in others)
     return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
 
 
@@ -108,14 +116,16 @@ def read_text(path):
         raise clip_error(path, "not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise clip_error(path, error.strerror) from None
-    if "\0" in text:                           # as in UTF-16 without a byte order mark
-        raise clip_error(path, "not UTF-8 text, \\x00 is in it; save it as UTF-8")
+    if found := DAMAGE.search(text):
+        raise clip_error(path, f"not UTF-8 text, {shown(found[0])} is in it; save it as UTF-8")
+    if found := re.match(r"\{\\rtf|WEBVTT|version https://git-lfs", text):
+        raise clip_error(path, f"begins with {found[0]!r}: no plain text of what is said")
     return text
 
 
 def named_split(name):
-    """The split that a file or folder name begins with, like train-clean-100 or train1; else None."""
-    return SPLITS.get(re.match("[a-z]*", name.lower())[0])
+    """The split that is a word of a file or folder name, like train-clean-100 or my_test1; else None."""
+    return next(filter(None, map(SPLITS.get, re.findall("[a-z]+", name.lower()))), None)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -167,7 +177,7 @@ def manifest(folder):
         raise clip_error(folder, f"two tables, {path.name} and {more[0].name}; keep one")
     listed, seen = [], {}
     for line, row in read_table(path, "path", "text"):
-        if not listed and (unused := row.keys() - {"", "path", "text", "split", "talker"}):
+        if not listed and (unused := row.keys() - {"", "path", "text", "split", *TALKERS}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
         said = row["text"], row["split"].lower()
         before, first = seen.setdefault(os.path.normpath(folder / row["path"]), (said, line))
@@ -181,13 +191,14 @@ def manifest(folder):
             raise clip_error(path, f"line {line}: {row['text']} is a spreadsheet's error, not what is said")
         if row["split"] and said[1] not in SPLITS:
             raise clip_error(path, f"line {line}: split {row['split']!r} is not one of {', '.join(SPLITS)}")
-        listed.append(Entry(folder / row["path"], row["talker"], SPLITS.get(said[1]), text=row["text"]))
+        talker = next(filter(None, map(row.get, TALKERS)), "")
+        listed.append(Entry(folder / row["path"], talker, SPLITS.get(said[1]), text=row["text"]))
     if not listed:
         raise clip_error(path, "no clips here, only its first line")
-    if any(entry.talker for entry in listed):
-        return listed
-    of_clips = talkers([clip_key(Path(os.path.relpath(entry.path, folder)), "")[:-1] for entry in listed])
-    return [replace(entry, talker=talker) for entry, talker in zip(listed, of_clips)]
+    parents = [without_kinds(Path(os.path.relpath(entry.path, folder)).parts[:-1]) for entry in listed]
+    has_splits, has_talkers = any(entry.split for entry in listed), any(entry.talker for entry in listed)
+    return [replace(entry, split=entry.split if has_splits else split, talker=entry.talker if has_talkers else talker)
+            for entry, (split, talker) in zip(listed, splits_and_talkers(parents))]
 
 
 def common_voice(folder):
@@ -261,12 +272,14 @@ def side_by_side(folder, files):
     of_pictures = {key[path] for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES}
     sounds = {path: key[path] in of_pictures for path in files if path.suffix.lower() in SOUND_SUFFIXES}
     sound_of = {key[path]: path for path, has_pictures in sounds.items() if has_pictures}
-    clips = [path for path in files if path.suffix.lower() in SUFFIXES and not sounds.get(path)]
+    texts = {key[path]: path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")}
+    clips = sorted({path.with_suffix(""): path for path in reversed(files)         # a.wav beside a.flac is the same clip
+                    if path.suffix.lower() in SUFFIXES and not sounds.get(path)}.values())
     everybody = set().union(*(folders(path, folder) for path in clips))
-    for path, talker in zip(clips, talkers([key[path][:-1] for path in clips])):
-        split = next(filter(None, map(named_split, path.relative_to(folder).parts[:-1])), None)
+    parents = [without_kinds(path.relative_to(folder).parts[:-1]) for path in clips]
+    for path, (split, talker) in zip(clips, splits_and_talkers(parents)):
         text = lists.get(path.with_suffix(""))
-        source = known.get(path.with_suffix(".txt"), list_in.get(path.parent))
+        source = known.get(path.with_suffix(".txt")) or list_in.get(path.parent) or texts.get(key[path])
         if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
             own = folders(path, folder)
             alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
@@ -293,20 +306,32 @@ def folders(path, folder):
 
 
 def clip_key(path, folder):
-    """What a video and its sound have in common: the folders that name no kind of media, and the name."""
-    names = path.relative_to(folder).parts[:-1]
-    return *(name for name in names if not KINDS.fullmatch(name.lower())), path.stem
+    """What a video, its sound and its text have in common: the folders without words for kinds of files, and the name."""
+    return *filter(None, map(plain, path.relative_to(folder).parts[:-1])), path.stem
 
 
-def talkers(parents):
-    """Folders of each clip -> the talker of each: the folder below that of a split, or above it if there is none below.
+def plain(name):
+    """The name of a folder without words for kinds of files: audio_25k is empty, s1_50kHz is s1."""
+    return KIND.sub("", name).strip("-_. ")
 
-    Where no folder names a split, it is the highest folders that differ."""
-    depth = next((n for n in range(1, 9) if len({names[:n] for names in parents}) > 1), 0)
+
+def without_kinds(names):
+    """The names of folders that say more than a kind of files."""
+    return tuple(filter(plain, names))
+
+
+def splits_and_talkers(parents):
+    """Folders of each clip -> its split, its talker.
+
+    The split is named by the first folder that does so, below the folders that all clips share, or else among them. The
+    talker is the folder below it, or above if there is none. Without a split it is the highest folders that differ."""
+    n_shared = len(os.path.commonprefix(parents))
+    depth = n_shared + 1 if len(set(parents)) > 1 else 0
+    first = n_shared if any(map(named_split, (name for names in parents for name in names[n_shared:]))) else 0
     for names in parents:
-        splits = [i for i, name in enumerate(names) if named_split(name)]
-        around = [*names[splits[0] + 1:][:1], *names[:splits[0]][-1:]][:1] if splits else names[:depth]
-        yield "/".join(around)
+        at = next((i for i in range(first, len(names)) if named_split(names[i])), None)
+        around = names[:depth] if at is None else (*names[at + 1:at + 2], *names[:at][-1:])[:1]
+        yield None if at is None else named_split(names[at]), "/".join(around)
 
 
 # --- transcripts -----------------------------------------------------------------------------------------------------

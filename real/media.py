@@ -34,6 +34,7 @@ MAX_PIXELS = 36_000_000  # of one picture: 8k
 HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
 PAUSE = 9                # frames: a longer pause separates two pieces of a long clip (not in the paper)
 MARGIN = 4               # frames of the pause that each piece keeps (not in the paper)
+NEAR = 3 * FPS           # frames: in loud noise all so near to a frame with speech is read (not in the paper)
 
 
 def first_words(stderr):
@@ -319,12 +320,13 @@ def motion(frames):
     return np.array(level[1:2] + level[1:])  # the first picture has none before it
 
 
-def active_frames(level, silence, quiet, rise):
+def active_frames(level, silence, quiet, rise, clear=0):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
     A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of `quiet` or of its own
     minute. So a quiet voice beside a loud one counts, or after music. What varies by less than `rise` within a second is
-    a noise that began later. If nothing else is left, all that is not silence is active."""
+    a noise that began later. If nothing else is left, all that is not silence is active. If no tenth of the active
+    frames is `clear` above the floor, noise hides parts of the speech: then all within NEAR of an active frame counts."""
     if not (level > silence).any():
         return np.zeros(len(level), bool)
     floor, minutes = np.percentile(quiet, 10), np.array_split(level, math.ceil(len(level) / (60 * FPS)))
@@ -333,7 +335,11 @@ def active_frames(level, silence, quiet, rise):
     seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
     steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
     active = (level > threshold) & ~steady
-    return active if active.any() else level > silence
+    if not active.any():
+        return level > silence
+    if np.percentile((level - threshold)[active], 90) < clear - rise:
+        active = (np.convolve(active, np.ones(2 * NEAR + 1))[NEAR:][:len(level)] > 0) & (level > silence)
+    return active
 
 
 def speech_spans(active, level, longest, borders=()):
@@ -365,8 +371,11 @@ def speech_spans(active, level, longest, borders=()):
 
 
 def is_still(frames):
-    """Whether pictures (T, H, W) uint8 show one and the same: a black, frozen or single picture."""
-    return np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2)).max(initial=0) < 0.2
+    """Whether pictures (T, H, W) uint8 show one and the same: a black, frozen or single picture, or a coded portrait.
+
+    Key frames of a coder change such a portrait by up to 2 of 255, now and then. Lips change by more, most of the time."""
+    changes = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2))
+    return np.percentile(changes, 95) < 0.6 if len(changes) else True
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

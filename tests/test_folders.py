@@ -693,3 +693,117 @@ def test_sphinx_lists_whose_names_do_not_end_with_the_split(tmp_path):
         write(tmp_path / f"etc/my_{split}_v1.fileids", f"{split}/a\n")
         write(tmp_path / f"etc/my_{split}_v1.transcription", f"<s> says {split} </s> ({split}/a)\n")
     assert [(entry.split, entry.path.parent.name) for entry in entries(tmp_path)[1]] == [("test", "test"), ("train", "train")]
+
+
+def splits_of(folder):
+    """{path of a clip below the folder: its split}."""
+    return {str(entry.path.relative_to(folder)): entry.split for entry in entries(folder)[1]}
+
+
+def test_a_manifest_without_splits_leaves_them_to_the_folders(tmp_path):
+    for name in ("train/ann/a", "train/bob/b", "test/eve/c"):
+        write_tone(tmp_path / f"{name}.wav", "")
+    write(tmp_path / "manifest.csv", "path,text\ntrain/ann/a.wav,one\ntrain/bob/b.wav,two\ntest/eve/c.wav,three\n")
+    assert splits_of(tmp_path) == {"train/ann/a.wav": "train", "train/bob/b.wav": "train", "test/eve/c.wav": "test"}
+    assert [entry.talker for entry in entries(tmp_path)[1]] == ["ann", "bob", "eve"]
+    write(tmp_path / "manifest.csv", "path,text,split\ntrain/ann/a.wav,one,test\ntrain/bob/b.wav,two,train\ntest/eve/c.wav,x,train\n")
+    assert splits_of(tmp_path) == {"train/ann/a.wav": "test", "train/bob/b.wav": "train", "test/eve/c.wav": "train"}
+
+
+@pytest.mark.parametrize("name, split", [("my_test", "test"), ("lrs3-train", "train"), ("video_val", "valid"), ("trainlist", "train"),
+                                         ("contest", None), ("s1_dev2", "valid"), ("latest", None)])
+def test_any_word_of_a_name_tells_the_split(name, split):
+    assert named_split(name) == split
+
+
+def test_folders_of_a_kind_and_a_split(tmp_path):
+    """The sound of a clip is found in audio_train/, and its text in txt_train/."""
+    for split in ("train", "test"):
+        for i in range(2):
+            write(tmp_path / f"video_{split}/ann/{i}.mp4", "")
+            write_tone(tmp_path / f"audio_{split}/ann/{i}.wav", "")
+            write(tmp_path / f"txt_{split}/ann/{i}.txt", f"says {split} {i}")
+    listed = entries(tmp_path)[1]
+    assert [(str(entry.path.relative_to(tmp_path)), entry.split, entry.talker) for entry in listed] == [
+        (f"video_{split}/ann/{i}.mp4", split, "ann") for split in ("test", "train") for i in range(2)]
+    assert [str(entry.sound.relative_to(tmp_path)) for entry in listed] == [
+        f"audio_{split}/ann/{i}.wav" for split in ("test", "train") for i in range(2)]
+    assert [transcript(entry) for entry in listed] == [f"says {split} {i}" for split in ("test", "train") for i in range(2)]
+
+
+@pytest.mark.parametrize("outer", ["TrainingData", "dev", "my project"])
+def test_the_folders_that_all_clips_share_name_no_split(tmp_path, outer):
+    for split in ("train", "val", "test"):
+        write_tone(tmp_path / outer / split / "a.wav", f"says {split}")
+    assert splits_of(tmp_path) == {f"{outer}/{name}/a.wav": split for name, split in
+                                   (("train", "train"), ("val", "valid"), ("test", "test"))}
+
+
+def test_a_folder_of_tests_alone_is_tested_whole(tmp_path):
+    for talker in ("ann", "bob", "eve"):
+        write_tone(tmp_path / "test" / talker / "a.wav", f"says {talker}")
+    assert set(splits_of(tmp_path).values()) == {"test"}
+
+
+def test_lists_of_splits_that_are_not_read_are_said(tmp_path, capsys):
+    for i in range(5):
+        write_tone(tmp_path / f"{'abcde'[i]}/0.wav", f"says {i}")
+    entries(tmp_path)
+    assert "name a split" not in capsys.readouterr().err
+    write(tmp_path / "splits/test_list.txt", "e/0\n")
+    entries(tmp_path)
+    assert "test_list.txt: does it name a split? it is not read" in capsys.readouterr().err
+
+
+def test_how_much_of_a_folder_without_splits_is_tested_is_said(tmp_path, capsys):
+    for i in range(10):
+        write_tone(tmp_path / f"{i}/a.wav", f"says {i}")
+    assert len(folder_clips(tmp_path, splits=("test",))["test"]) == 2
+    assert "names no splits, so 2 of its 10 clips are tested" in capsys.readouterr().err
+    folder_clips(tmp_path)
+    assert "names no splits" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["donâ€™t", "cafÃ©", "caf\ufffd", "a\x07b", "{\\rtf1\\ansi hello}", "WEBVTT\n\n00:00 hello",
+                                  "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"])
+def test_texts_that_are_none_are_refused(tmp_path, text):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "a.txt", text)
+    error = read_entry(entries(tmp_path)[1][0])
+    assert isinstance(error, ClipError) and ("not UTF-8 text" in str(error) or "no plain text" in str(error))
+
+
+@pytest.mark.parametrize("text, words", [("don&#39;t &amp; we&apos;ll", "don't we'll"), ("NÃO, IRMÃ… café", "não irmã café"),
+                                         ("&lt;noise&gt; yes\x1a", "yes")])
+def test_texts_from_web_pages_and_with_tildes(tmp_path, text, words):
+    write_tone(tmp_path / "a.wav", "")
+    write(tmp_path / "a.txt", text)
+    assert read_entry(entries(tmp_path)[1][0]).text == words
+
+
+@pytest.mark.parametrize("column", ["speaker", "Speaker_ID", "client_id", "spk"])
+def test_columns_that_name_the_talker(tmp_path, column, capsys):
+    for i in range(6):
+        write_tone(tmp_path / f"{i}.wav", "")
+    rows = "".join(f"{i}.wav,says {i},{'abc'[i % 3]}\n" for i in range(6))
+    write(tmp_path / "manifest.csv", f"path,text,{column}\n{rows}")
+    listed = entries(tmp_path)[1]
+    assert {entry.talker for entry in listed} == {"a", "b", "c"} and "not used" not in capsys.readouterr().err
+    assert len({(entry.talker, entry.split) for entry in listed}) == 3          # nobody is in both
+
+
+def test_the_same_sound_in_two_formats_is_one_clip(tmp_path):
+    for i in range(3):
+        write_tone(tmp_path / f"{i}.wav", f"says {i}")
+        write_tone(tmp_path / f"{i}.flac", "")
+    layout, listed, passed_over = entries(tmp_path)
+    assert [entry.path.name for entry in listed] == ["0.flac", "1.flac", "2.flac"] and passed_over == "3 .wav"
+
+
+def test_the_sound_of_grid_in_a_folder_named_for_its_rate(tmp_path):
+    for talker in ("s1", "s2"):
+        write(tmp_path / talker / "x.mpg", "")
+        write(tmp_path / "align" / talker / "x.align", "0 1 bin")
+        write_tone(tmp_path / f"{talker}_50kHz" / "x.wav", "")
+    listed = entries(tmp_path)[1]
+    assert [(entry.talker, entry.sound.parent.name) for entry in listed] == [("s1", "s1_50kHz"), ("s2", "s2_50kHz")]
