@@ -136,6 +136,19 @@ def test_a_quiet_voice_is_a_voice(tmp_path, talker_clips):
     assert sum(max(0, last - first) for first, last in found) > 0.7 * (end - start)
 
 
+def test_speech_in_loud_noise_is_read(tmp_path, talker_clips):
+    """As loud as the voice, noise hides most of its frames. In quiet the pauses are left out."""
+    rng = np.random.default_rng(0)
+    sound = np.concatenate([np.pad(clip.wave / clip.wave.std(), (0, 24000)) for clip in talker_clips])
+    speaks = np.square(sound[:len(sound) // 640 * 640].reshape(-1, 640)).mean(1) > 0.01
+    for noise, least, most in ((1, .95, 1), (.001, .95, .9)):
+        soundfile.write(tmp_path / "a.wav", 0.1 * (sound + noise * rng.standard_normal(len(sound))), 16000, "FLOAT")
+        read = np.zeros(len(speaks) + LONGEST * FPS, bool)
+        for start, clip in pieces(tmp_path / "a.wav"):
+            read[round(start * FPS):round((start + clip.duration) * FPS)] = True
+        assert read[:len(speaks)][speaks].mean() >= least and read[:len(speaks)].mean() <= most
+
+
 def test_lips_are_read_where_the_sound_is_over(tmp_path, talker_clips):
     """Pictures of all clips, with a second of stillness after each; the sound ends after the second clip."""
     frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips])
@@ -573,6 +586,18 @@ def test_a_long_file_that_was_cut_is_refused(tmp_path, talker_clips):
     (tmp_path / "cut.flac").write_bytes(whole[:len(whole) * 6 // 10])
     with pytest.raises(ClipError, match="longer than 30 s|damaged"):
         read_clip(tmp_path / "cut.flac")
+
+
+@pytest.mark.parametrize("coder", ["libx264 -crf 38 -g 25", "libvpx -b:v 60k -g 30"])
+def test_a_portrait_from_a_coder_does_not_move(tmp_path, talker_clips, voice, coder):
+    """Its key frames differ a little from the pictures before them."""
+    rng = np.random.default_rng(0)
+    face = np.clip(np.kron(talker_clips[0].frames[0], np.ones((8, 8))) + rng.normal(0, 8, (256, 256)), 0, 255).astype(np.uint8)
+    write_mp4(tmp_path / "a.mp4", np.repeat(face[None], len(voice) // 640, 0), voice)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", *coder.split(), "-c:a", "copy", tmp_path / "b.mkv")
+    frames = np.stack(list(mouth.mouths(media.probe(tmp_path / "b.mkv"), 32, box=(80, 80, 96, 96)))).astype(int)
+    assert np.abs(np.diff(frames, axis=0)).mean((1, 2)).max() > 1
+    assert read_clip(tmp_path / "b.mkv", box=(80, 80, 96, 96)).streams == ("audio",)
 
 
 def test_a_model_that_never_read_sound_alone_keeps_a_still_picture(tmp_path, talker_clips):

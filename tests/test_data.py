@@ -205,6 +205,9 @@ def test_normalize():
     for text in ("हिन्दी भाषा", "ไทยที่", "مُحَمَّد", "می‌خواهم"):
         assert data.normalize(text) == text
     assert data.normalize("cafe\u0301") == data.normalize("CAFÉ") == "café"
+    for form, word in (("ﬁrst oﬃce", "first office"), ("ＡＢＣ１２", "abc12"), ("ｶﾞｷﾞ", "ガギ"), ("ﻣﺮﺣﺒﺎ", "مرحبا"), ("مـــرحبا", "مرحبا"),
+                       ("don＇t", "don't"), ("น้ำ", "น้ำ")):
+        assert data.normalize(form) == word
     assert data.normalize("İstanbul") == data.normalize("I\u0307stanbul") and " " not in data.normalize("İstanbul")
     assert data.normalize("ג׳ורג׳ צה״ל o′clock COL·LECCIÓ 威廉·莎士比亚") == "ג'ורג צה״ל o'clock col·lecció 威廉 莎士比亚"
     assert data.normalize("ΛΌΓΟΣ.ΑΛΛΑ") == "λόγος αλλα"
