@@ -24,7 +24,8 @@ TALKERS = "talker", "speaker", "speaker_id", "client_id", "spk", "spk_id"     # 
 # What a folder's name says of the kind of its files, like audio_25k: neither talker nor split.
 KIND = re.compile(r"(?<![a-z\d])(mpg_\d{4}|(audio|video|sound|clip|text|txt|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?|"
                   r"\d+k(hz)?)(?![a-z\d])", re.I)
-NEXT_CLIP = re.compile(rf"\n.*({'|'.join(map(re.escape, SUFFIXES))})\b", re.I)    # a later line of a cell names a file of media
+MEDIA = "|".join(map(re.escape, sorted(SUFFIXES)))
+NEXT_CLIP = re.compile(rf"\n.*({MEDIA})\b", re.I)    # a later line of a cell names a file of media
 # Zeros of UTF-16, control characters, what could not be decoded, and UTF-8 that was read as Windows text.
 DAMAGE = re.compile("[\0-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f\ufffd]|Ã[\xa1-\xbf]|â€")
 ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
@@ -273,7 +274,7 @@ def side_by_side(folder, files):
     sounds = {path: key[path] in of_pictures for path in files if path.suffix.lower() in SOUND_SUFFIXES}
     sound_of = {key[path]: path for path, has_pictures in sounds.items() if has_pictures}
     texts = {key[path]: path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")}
-    clips = sorted({path.with_suffix(""): path for path in reversed(files)         # a.wav beside a.flac is the same clip
+    clips = sorted({path.with_name(key[path][-1]): path for path in reversed(files)    # a.wav and a.flac are one clip
                     if path.suffix.lower() in SUFFIXES and not sounds.get(path)}.values())
     everybody = set().union(*(folders(path, folder) for path in clips))
     parents = [without_kinds(path.relative_to(folder).parts[:-1]) for path in clips]
@@ -306,8 +307,10 @@ def folders(path, folder):
 
 
 def clip_key(path, folder):
-    """What a video, its sound and its text have in common: the folders without words for kinds of files, and the name."""
-    return *filter(None, map(plain, path.relative_to(folder).parts[:-1])), path.stem
+    """What a video, its sound and its text have in common: the folders without words for kinds of files, and the name.
+
+    a.mp4.wav and a.mp4.txt have the name of a.mp4."""
+    return *filter(None, map(plain, path.relative_to(folder).parts[:-1])), re.sub(rf"({MEDIA})+$", "", path.stem, flags=re.I)
 
 
 def plain(name):

@@ -807,3 +807,17 @@ def test_the_sound_of_grid_in_a_folder_named_for_its_rate(tmp_path):
         write_tone(tmp_path / f"{talker}_50kHz" / "x.wav", "")
     listed = entries(tmp_path)[1]
     assert [(entry.talker, entry.sound.parent.name) for entry in listed] == [("s1", "s1_50kHz"), ("s2", "s2_50kHz")]
+
+
+def test_a_second_suffix_of_media_is_no_part_of_the_name(tmp_path):
+    """As Kaggle has TIMIT, as an extracted sound track is called, and as some programs name transcripts."""
+    write_tone(tmp_path / "SA1.WAV", "says one")
+    write_tone(tmp_path / "SA1.WAV.wav", "")
+    write_tone(tmp_path / "b.mp3.wav", "")
+    write(tmp_path / "b.txt", "says two")
+    write(tmp_path / "c.mp4", "")
+    write_tone(tmp_path / "c.mp4.wav", "says three")
+    listed = entries(tmp_path)[1]
+    assert [(entry.path.name, entry.sound and entry.sound.name) for entry in listed] == [
+        ("SA1.WAV", None), ("b.mp3.wav", None), ("c.mp4", "c.mp4.wav")]
+    assert [transcript(entry) for entry in listed] == ["says one", "says two", "says three"]
