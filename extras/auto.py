@@ -42,7 +42,9 @@ def two_rates(task, saved):
 
 
 def auto_decoder(task, saved):
-    """A function (model, encoded, beam=1) for sample.py. saved: see auto_plan. ClipError if the checkpoint has no threshold for the task."""
+    """A function (model, encoded, beam=1) that decodes as sample.decode does. saved: see auto_plan.
+
+    Raises ClipError if the checkpoint has no threshold for the task."""
     threshold = saved.get("auto", {}).get(task)
     if threshold is None:
         raise ClipError(f"--rate auto: this checkpoint has no threshold for {task}; train it with --valid-every")

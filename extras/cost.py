@@ -3,10 +3,10 @@
     python train.py --preset paper --dry-run                  Llama 3.2 3B, Whisper medium, AV-HuBERT Large
     python train.py --llm DIR --audio-encoder DIR --dry-run   any other model
 
-FLOPs are torch's own count of the products in one forward pass, two for each multiply-and-add: the encoders, the LLM
-over the prefix, and one greedy step for every output token. All experts are computed (`wide`), which is little more
-than the chosen ones. Memory is that of the weights, of the cache of keys and values, and of the tensors that a training
-step keeps for its backward pass, for one clip at one set of rates.
+FLOPs are torch's own count of the products in one forward pass, two for each multiply-and-add. They are those of the
+encoders, of the LLM over the prefix, and of one greedy step for every output token. All experts are computed (`wide`),
+which adds little to the LLM's FLOPs. Memory is that of the weights and of the cache of keys and values. The last column
+is what a training step keeps for its backward pass, for one clip at one set of rates.
 """
 import math
 from dataclasses import replace

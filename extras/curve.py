@@ -25,11 +25,13 @@ def main(argv=None):
         print("usage: python -m extras.curve PICTURE CURVE [CURVE ...]", file=sys.stderr)
         return 2
     picture, *paths = argv
-    try:
-        runs = {path: series(json.loads(Path(path).read_text("utf-8"))) for path in paths}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"curve.py: not the curve.json of a run with --valid-every: {error}", file=sys.stderr)
-        return 2
+    runs = {}
+    for path in paths:
+        try:
+            runs[path] = series(json.loads(Path(path).read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"curve.py: {path}: not the curve.json of a run with --valid-every: {error}", file=sys.stderr)
+            return 2
     try:
         from matplotlib import pyplot
     except ImportError:

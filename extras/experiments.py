@@ -86,7 +86,7 @@ def toy_lists():
 
 
 def real_lists():
-    """The lists with real voices and faces: one seed each."""
+    """The lists with real voices and faces, and the list `gpu`: one seed each."""
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
     an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --copies"

@@ -1,4 +1,4 @@
-"""The pictures of the README, from what train.py wrote. They need matplotlib (extras/requirements.txt).
+"""Pictures of what train.py wrote, some of them in README.md and docs/results.md (matplotlib: extras/requirements.txt).
 
     python -m extras.pictures clip out --save docs/clip.png                                a clip as the model sees it
     python -m extras.pictures tokens out out-lora out-projectors --save tokens.png         WER over the tokens read

@@ -3,8 +3,8 @@
     python -m extras.plot            write them: each table stands between <!-- results: NAME --> and <!-- end -->
     python -m extras.plot --check    only say which tables are not those of results.csv
 
-Numbers are WER in %: means over the seeds that all columns or lines of a table have, with ± the standard error where
-there are several. Rates are those of training, in the order 2 / 4 / 8. Runs that were not done have no column or line.
+Numbers are WER in %: means over the seeds that all columns or lines of a table have. With several seeds ± is the
+standard error. Rates are those of training, in rising order. Runs that were not done have no column or line.
 Pictures need matplotlib (extras/requirements.txt).
 """
 import argparse

@@ -60,8 +60,9 @@ def overlap(coarse, fine):
 
 
 def agreement(coarse, fine, ratio):
-    """One stream of one clip: experts (layers, T, K) at a coarse rate and at one `ratio` times finer -> three means over
-    tokens (layers,): at the same moment, at another moment of the clip, and at the same moment in another layer."""
+    """Experts (layers, T, K) of one stream of one clip, at a coarse rate and at one `ratio` times finer -> three (layers,).
+
+    Each is a mean of `overlap` over tokens: of the same moment, of another moment of the clip, and of another layer."""
     moments = np.arange(fine.shape[1])
     same = coarse[:, moments // ratio]                                         # (layers, T of the fine rate, K)
     other = np.roll(same, len(moments) // 2, axis=1)

@@ -35,7 +35,7 @@ def write_sheet(source, path, box=None):
 
 
 def marked(picture, points):
-    """A crop (96, 96) and its landmarks (P,), in pixels of the source -> (96, 96, 3) with a dot at each landmark."""
+    """A crop (96, 96) and its landmarks (P,), in pixels of mouth.VIEW -> (96, 96, 3) with a dot at each landmark."""
     cell = np.repeat(picture[..., None], 3, -1)
     a, _ = alignment(points)
     for z in a * (points - points[3]) + (CROP - 1) / 2 * (1 + 1j):  # the mouth is in the middle of the crop

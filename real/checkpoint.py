@@ -1,8 +1,8 @@
 """Checkpoints: what was trained, and which real weights it was trained with.
 
-A folder holds model.safetensors (the trained tensors and the stand-ins), config.json (the model's config, real parts,
-method, rates, tasks) and, if the LLM is a stand-in, tokenizer.json. Real parts are frozen and large. So a checkpoint
-only stores their paths and fingerprints.
+A folder holds model.safetensors (the trained tensors and the stand-ins) and config.json (the model's config, real
+parts, method, rates, tasks). If the LLM is a stand-in, it also holds tokenizer.json. Real parts are frozen and large. So
+a checkpoint stores only their paths and fingerprints.
 """
 import hashlib
 import json
@@ -85,12 +85,13 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: damaged, or of another version: {reason}") from None
+        raise CheckpointError(f"{folder}: damaged, or of another version; copy it again, or train again: {reason}") from None
 
 
 def check_together(folder, config):
-    """Raises CheckpointError if the files of a checkpoint are not of one run, if sizes are beyond reason,
-    or if the model, its rates or tasks were edited."""
+    """Raises CheckpointError if the files of a checkpoint are not of one run, or if a size is beyond MOST.
+
+    Edits of the model, its rates or its tasks are refused too."""
     if "model" in config and config.get("format", 1) < FORMAT:
         raise CheckpointError(f"{folder}: made by an older version; train it again: python train.py --out {folder}")
     if config.get("format", 1) > FORMAT:
@@ -98,7 +99,8 @@ def check_together(folder, config):
     for name, written in config["files"].items():
         path = Path(folder, name)
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != written:
-            raise CheckpointError(f"{folder}: its {name} is missing, damaged or of another run than its config.json")
+            raise CheckpointError(f"{folder}: its {name} is missing, damaged or of another run than its config.json; "
+                                  "copy the whole folder again, or train again")
     for part, sizes in config["model"].items():
         for name, size in (sizes.items() if isinstance(sizes, dict) else ()):
             if name in MOST and size > MOST[name]:

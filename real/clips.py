@@ -32,7 +32,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
     With `longest` None the file, or `span` (start and end in seconds) of it, is one piece; what is over 30 s follows.
-    Damage that ffmpeg reports is then an error, otherwise a note.
+    Much damage is then an error, see `check_read`. Less damage, or damage of a long clip, is a note.
     `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`.
     voice_alone: sound may be read without pictures, so pictures that do not move are left out beside it."""
     def lips():
@@ -104,7 +104,8 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     longest, span: see `read_pieces`. end: the frame after the last piece. hole: see `longest_hole`.
     unused: why a stream is not used."""
     if span and end < round(span[1] * FPS) - MISSING * (span[1] - span[0]) * FPS:
-        raise clip_error(source.path, f"{source.seconds:.1f} s long, and its transcript has words at {span[1]:.1f} s")
+        raise clip_error(source.path, f"{source.seconds:.1f} s long, and its transcript has words at {span[1]:.1f} s; "
+                                      "is it another clip's?")
     if not n_pieces and 0 < end < MIN_FRAMES:
         raise clip_error(source.path, f"{end / FPS:.2f} s long, too short for a word")
     if not n_pieces:
@@ -112,7 +113,7 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
         raise clip_error(source.path, reasons or "no picture in it can be read")
     if (source.complaints or has_known_length(source)) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
         says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
-        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read{says}")
+        raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; copy it again{says}")
     if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
         raise clip_error(source.path, f"damaged: {hole / FPS:.1f} s in its middle cannot be read; "
                                       f"ffmpeg says: {source.complaints[0]}")
@@ -125,13 +126,14 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
 
 
 def has_known_length(source):
-    """Whether the header of a file tells how long its sound is: it has no pictures, and begins at 0."""
+    """Whether what ffmpeg says of a file's duration is that of its sound: it has no pictures, and begins at 0."""
     return not source.picture_size and abs(source.start) < ADDED
 
 
 def speech_over_time(source, selected, lips, max_frames):
-    """A media.Source, and those of its streams that are read -> active (T,) bool and level (T,) dB of its frames, and
-    the frames where sound begins or ends beside lips that go on.
+    """When somebody speaks -> active (T,) bool, level (T,) in dB, borders. T are the frames of a media.Source.
+
+    `selected` is the source with the streams that are read. Borders are frames where sound begins or ends beside lips.
 
     The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
     frames, and the source is longer than `max_frames`, the pictures of `lips()` show it."""
@@ -160,7 +162,7 @@ def speech_over_time(source, selected, lips, max_frames):
 
 
 def limits(clips):
-    """What sample.py keeps to: the longest clip's seconds, the 5th and 95th percentile of the levels (None: no sound)."""
+    """For sample.py: the seconds of the longest clip, the 5th and 95th percentile of levels in dB (None: no sound)."""
     levels = [mel_level(clip) for clip in clips if clip.log_power is not None]
     return {"longest": max(clip.duration for clip in clips),
             "levels": np.percentile(levels, (5, 95)).tolist() if levels else None}

@@ -19,7 +19,7 @@ class WeightsError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A folder has no readable checkpoint. The message names the folder and what is wrong with it."""
+    """A checkpoint, a state, a cache or a folder cannot be used. The message names it, what is wrong and what to do."""
 
 
 class TrainingError(ValueError):
@@ -70,7 +70,7 @@ def write_whole(path, write):
         write(temporary)
         if not is_device:
             os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # it names the temporary file, which the user does not know
+    except (OSError, SafetensorError) as error:  # the error names the temporary file, which the user does not know
         raise plain(error, path) from None
     finally:
         if not is_device:
@@ -128,12 +128,12 @@ def refuse_pointer(path):
 
 
 def digest(value):
-    """A hash of any value that JSON can hold, 40 letters."""
+    """A hash of any value that JSON can hold, 40 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:40]
 
 
 def to_json(value):
-    """A value as JSON, in bytes. A number that is none, like NaN, is a ValueError."""
+    """A value as JSON, in bytes. Raises ValueError for NaN and infinity, which JSON lacks."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 

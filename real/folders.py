@@ -1,8 +1,8 @@
 """A folder of clips with their transcripts (real/layouts.py) -> training clips and test clips.
 
-Where the folder names no splits, a fifth of the talkers is held out for testing, or of the clips if there is one
-talker. Of a large folder the test clips and some training clips are read at the start; their voices make babble. The
-other training clips are read when they are drawn.
+Where the folder names no split, or train or valid alone, a fifth of the talkers is held out for testing. Of one talker
+a fifth of the clips is held out. Of a large folder the test clips and some training clips are read at the start. Their
+voices make babble. The other training clips are read when they are drawn.
 """
 import html
 import os
@@ -27,12 +27,12 @@ from real.media import SOUND_SUFFIXES, clip_error
 MAX_LETTERS = 50     # in a second of speech
 MAX_READ = 5000      # a folder with more training clips is large
 FIRST_READ = 100     # training clips of a large folder that are read at the start
-MAX_MISSES = 1000    # clips that are drawn in place of one
+MAX_MISSES = 1000    # clips that are drawn, one after another, in place of one
 MAX_TEST = 1000      # test clips, about, where the split is ours
 
 
 def entries(folder):
-    """A folder -> (name of its layout, [layouts.Entry], what is passed over in words). Raises ClipError.
+    """A folder -> (name of its layout, [layouts.Entry], words that count the files that are not used). Raises ClipError.
 
     An entry's split is train, valid or test."""
     folder = Path(folder)
@@ -45,7 +45,7 @@ def entries(folder):
     words = ", ".join(f"{n} {suffix}" for suffix, n in sorted(passed_over.items()))
     named = [entry for entry in listed if entry.split]
     splits = {entry.split for entry in named}
-    if splits & {"train", "test"}:                     # a folder Dev alone may be a talker's
+    if splits & {"train", "test"}:                     # valid alone is no split: a folder Dev may be a talker's
         if len(named) < len(listed):
             note(f"{shown(folder)}: {len(listed) - len(named)} clips are in no split, beside {len(named)} that are; "
                  "they are not used")
@@ -59,7 +59,7 @@ def entries(folder):
     groups = [entry.path.stem if one_talker else unicodedata.normalize("NFC", entry.talker).casefold() for entry in listed]
     sizes = Counter(groups)
     shuffled = sorted(sizes, key=lambda group: (
-        2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # most clips train
+        2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # the largest last
     n_test = min(len(shuffled) // 5, MAX_TEST * len(shuffled) // len(listed))
     test = set(shuffled[:max(1, n_test)])
     listed = [replace(entry, split="test" if group in test else "train", is_drawn=True)
@@ -126,8 +126,8 @@ def read_drawn(clips, streams, size, seed, step):
                 break
             [clip] = read_all([rng.choice(clips)])
         else:
-            raise ClipError(f"of {MAX_MISSES} clips none has {' and '.join(streams)}, the last is {shown(clips[-1].name)}; "
-                            "choose other --tasks")
+            raise ClipError(f"{shown(clips[0].name)} and {len(clips) - 1:,} others: {MAX_MISSES:,} of them in a row lack "
+                            f"{' or '.join(streams)}, or cannot be used; choose other --tasks")
         chosen[i] = clip
     return chosen
 
@@ -135,7 +135,7 @@ def read_drawn(clips, streams, size, seed, step):
 def read_entry(entry, reading=None, unusable=None):
     """Entry -> Clip, or a ClipError, which is returned, not raised. `reading`: arguments of clips.read_pieces.
 
-    With `unusable` it becomes an Unread. A sound file has no pictures."""
+    With `unusable` the Clip is an Unread, whose file is not opened yet. A sound file has no pictures."""
     try:
         text = normalize(TAG.sub(" ", html.unescape(transcript(entry))))
         if not text:
@@ -179,8 +179,8 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("trai
             there = ", ".join(f"{n} in {name}" for name, n in sorted(counts.items()))
             raise clip_error(folder, f"no clip is in its {split} split ({there}); add some, or name other splits")
     if is_drawn and "train" not in splits:
-        note(f"{shown(folder)}: names no splits, so {counts['test']} of its {len(listed)} clips are tested; of a folder test "
-             "in it, all are")
+        note(f"{shown(folder)}: names no test split, so {counts['test']} of its {len(listed)} clips are tested; "
+             "to test all, put them into a folder test")
     listed = [entry for entry in listed if entry.split in splits]
     if passed_over:
         note(f"passed over in {shown(folder)} ({layout}): {passed_over}")

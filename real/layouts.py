@@ -1,7 +1,7 @@
 """Which clips a folder holds, what is said in them and which split they belong to. docs/real.md lists the layouts.
 
-A split is named by the table or list, or else by a folder: one word of its name is train, dev or test, or a synonym.
-Where no split is named, Entry.split is None. Links are followed.
+A table or list names the split of a clip. Else a folder does: one word of its name is train, dev, test or a synonym.
+Where nothing names the split, Entry.split is None. Links are followed.
 """
 import csv
 import io
@@ -20,20 +20,20 @@ from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 SYNONYMS = {"train": "train training trainval pretrain", "test": "test testing eval evaluation",
             "valid": "valid validation validate val dev development"}
 SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data", "list")}
-TALKERS = "talker", "speaker", "speaker_id", "client_id", "spk", "spk_id"     # names of a table's column
-# What a folder's name says of the kind of its files, like audio_25k: neither talker nor split.
+TALKERS = "talker", "speaker", "speaker_id", "client_id", "spk", "spk_id"     # the names of a column of talkers
+# These words of a folder's name tell the kind of its files, like audio_25k. They name neither a talker nor a split.
 KIND = re.compile(r"(?<![a-z\d])(mpg_\d{4}|(audio|video|sound|clip|text|txt|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?|"
                   r"\d+k(hz)?)(?![a-z\d])", re.I)
 MEDIA = "|".join(map(re.escape, sorted(SUFFIXES)))
 NEXT_CLIP = re.compile(rf"\n.*({MEDIA})\b", re.I)    # a later line of a cell names a file of media
-# Zeros of UTF-16, control characters, what could not be decoded, and UTF-8 that was read as Windows text.
+# A text is damaged if it has zeros of UTF-16, control characters, U+FFFD, or UTF-8 that was read as Windows text.
 DAMAGE = re.compile("[\0-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f\ufffd]|Ã[\xa1-\xbf]|â€")
 ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
-LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # they show where a table layout is
+LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # one of these files shows the folder of a table layout
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 TAG = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^][]*\]|\+\+\S*\+\+")    # [MUSIC] and the like are no words
-CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of at most this length
+CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of about this length
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     """A clip that is not read yet."""
     path: Path
     talker: str
-    split: str | None = None                   # train, valid or test
+    split: str | None = None                   # train, valid or test; None: nothing names it
     text: str | None = None                    # None: its transcript is the file `source`
     source: Path | None = None                 # None: there is none
     sound: Path | None = None                  # a sound file that belongs to these pictures
@@ -50,7 +50,7 @@ class Entry:
 
 
 def recognise(folder):
-    """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are passed over)."""
+    """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are not used, without TEXTS)."""
     names = list(files_below(folder))
     name, listed = by_tables(folder)
     if not listed:
@@ -65,7 +65,8 @@ def recognise(folder):
     others = [Path(path) for path in names if os.path.abspath(path) not in used]
     lists = [path for path in others if path.suffix.lower() in TEXTS and named_split(path.stem)]
     if lists and not any(entry.split for entry in listed):
-        note(f"{shown(lists[0])}: does it name a split? it is not read; a manifest.csv or folders can name splits")
+        note(f"{shown(lists[0])}: not read, although it has the name of a split; "
+             "a manifest.csv or folders can name splits")
     suffixes = (path.suffix.lower() for path in others)
     return name, listed, Counter(suffix or "without suffix" for suffix in suffixes if suffix not in TEXTS)
 
@@ -118,9 +119,10 @@ def read_text(path):
     except OSError as error:
         raise clip_error(path, error.strerror) from None
     if found := DAMAGE.search(text):
-        raise clip_error(path, f"not UTF-8 text, {shown(found[0])} is in it; save it as UTF-8")
+        raise clip_error(path, f"damaged or not UTF-8 text: {found[0]!r} is in it; write what is said anew, as UTF-8")
     if found := re.match(r"\{\\rtf|WEBVTT|version https://git-lfs", text):
-        raise clip_error(path, f"begins with {found[0]!r}: no plain text of what is said")
+        advice = "fetch the file with: git lfs pull" if found[0].startswith("version") else "save the spoken words alone"
+        raise clip_error(path, f"begins with {found[0]!r}: no plain text of what is said; {advice}")
     return text
 
 
@@ -191,7 +193,7 @@ def manifest(folder):
         if ERROR_CELL.fullmatch(row["text"]):
             raise clip_error(path, f"line {line}: {row['text']} is a spreadsheet's error, not what is said")
         if row["split"] and said[1] not in SPLITS:
-            raise clip_error(path, f"line {line}: split {row['split']!r} is not one of {', '.join(SPLITS)}")
+            raise clip_error(path, f"line {line}: split {row['split']!r} is not one of {', '.join(SYNONYMS)}, nor a synonym")
         talker = next(filter(None, map(row.get, TALKERS)), "")
         listed.append(Entry(folder / row["path"], talker, SPLITS.get(said[1]), text=row["text"]))
     if not listed:
@@ -225,7 +227,7 @@ def lrs2(folder):
     if len(missing) == 3 and "pretrain" not in inside:
         return None
     if missing:
-        raise clip_error(folder, f"a folder main/, as in LRS2, but no {', '.join(missing)}: copy LRS2's lists into it")
+        raise clip_error(folder, f"a folder main/, as in LRS2, but no {', '.join(missing)}: copy LRS2's lists beside main/")
     listed = []
     for path in filter(Path.is_file, lists):
         split = path.stem.lower()
@@ -241,7 +243,7 @@ def sphinx(files):
     """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
-    for path in (path for path in files if path.suffix == ".fileids"):      # one word of its name is that of the split
+    for path in (path for path in files if path.suffix == ".fileids"):      # the last fitting word of its name is the split
         texts, source = {}, path.with_suffix(".transcription")
         for line in read_text(source).splitlines():
             if found := re.fullmatch(r"(.*)\((\S+)\)\s*", line):
@@ -268,35 +270,34 @@ def side_by_side(folder, files):
                 lists[path.parent / name] = " ".join(words)
         elif path.suffix.lower() == ".align":
             aligns[path.stem].append((folders(path, folder), path))
-    known = {path.with_suffix(path.suffix.lower()): path for path in files}
     key = {path: clip_key(path, folder) for path in files}
     of_pictures = {key[path] for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES}
     sounds = {path: key[path] in of_pictures for path in files if path.suffix.lower() in SOUND_SUFFIXES}
     sound_of = {key[path]: path for path, has_pictures in sounds.items() if has_pictures}
-    texts = {key[path]: path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")}
+    keys, texts = {key[path] for path in files if path.suffix.lower() in SUFFIXES}, {}
+    written = [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")]
+    for path in reversed(written):
+        other = texts.setdefault(key[path], path)
+        if other != path and key[path] in keys and read_text(other).split() != read_text(path).split():
+            raise clip_error(path, f"another text than in {shown(other)}; if this is one clip delete a text, else rename it")
     clips = sorted({path.with_name(key[path][-1]): path for path in reversed(files)    # a.wav and a.flac are one clip
                     if path.suffix.lower() in SUFFIXES and not sounds.get(path)}.values())
     everybody = set().union(*(folders(path, folder) for path in clips))
     parents = [without_kinds(path.relative_to(folder).parts[:-1]) for path in clips]
     for path, (split, talker) in zip(clips, splits_and_talkers(parents)):
         text = lists.get(path.with_suffix(""))
-        source = known.get(path.with_suffix(".txt")) or list_in.get(path.parent) or texts.get(key[path])
-        if source is None and path.stem in aligns:    # the one whose folders are most alike, and no other clip's
+        source = texts.get(key[path]) or list_in.get(path.parent)
+        if source is None and path.stem in aligns:    # it has most folders in common with the clip, and none of another clip
             own = folders(path, folder)
             alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
             most = max((n for n, _ in alike), default=0)
             best = [align for n, align in alike if n == most]
             source = best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
-        sound = sound_of.get(key[path])
-        own = sound and known.get(sound.with_suffix(".txt"))
-        if own and source and source.suffix == ".txt" and read_text(own).split() != read_text(source).split():
-            raise clip_error(own, f"another text than in {shown(source)}; clips of one name are taken to be one clip")
-        listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound))
+        listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound_of.get(key[path])))
     if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
         note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
-    keys, places = {key[path] for path in clips}, {entry.source and entry.source.parent for entry in listed}
-    if alone := [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")
-                 and path.parent in places and key[path] not in keys]:
+    places = {entry.source and entry.source.parent for entry in listed}
+    if alone := [path for path in written if path.parent in places and key[path] not in keys]:
         note(f"{shown(folder)}: {len(alone)} .txt belong to no clip, like {shown(alone[0].name)}")
     return listed
 
@@ -324,10 +325,10 @@ def without_kinds(names):
 
 
 def splits_and_talkers(parents):
-    """Folders of each clip -> its split, its talker.
+    """Yield (split, talker) of each clip. parents: for each clip the names of its folders, the highest first.
 
-    The split is named by the first folder that does so, below the folders that all clips share, or else among them. The
-    talker is the folder below it, or above if there is none. Without a split it is the highest folders that differ."""
+    The first folder that names a split counts, below the folders that all clips share, or else among them. The talker is
+    the folder below that of the split, or above if there is none. Without a split it is the highest folders that differ."""
     n_shared = len(os.path.commonprefix(parents))
     depth = n_shared + 1 if len(set(parents)) > 1 else 0
     first = n_shared if any(map(named_split, (name for names in parents for name in names[n_shared:]))) else 0
@@ -382,7 +383,7 @@ def cut(entry):
     pieces = [[]]
     for word, start, end in words:
         lasts = end - pieces[-1][0][1] if pieces[-1] else 0
-        if lasts > CUT_SECONDS and (words[-1][2] - start > 1 or lasts > MAX_SECONDS):    # no leftover of a word
+        if lasts > CUT_SECONDS and (words[-1][2] - start > 1 or lasts > MAX_SECONDS):    # no piece of a last second
             pieces.append([])
         pieces[-1].append((word, start, end))
     return [replace(entry, text=" ".join(word for word, _, _ in piece), span=(piece[0][1], piece[-1][2]))

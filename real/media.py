@@ -58,7 +58,7 @@ class Source:
     has_sound: bool
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
     seconds: float                        # the duration of its packets, or what its header claims up to MAX_SECONDS
-    claimed: float = 0.                   # the duration that its header claims
+    claimed: float = 0.                   # the duration that ffmpeg reads from its header; 0: none, or a guess
     pictures: int = 0                     # the picture track that is read
     track: int = 0                        # the sound track that is read
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
@@ -204,7 +204,7 @@ def select_streams(source, streams):
     source = replace(source, has_sound=source.has_sound and "audio" in streams,
                      picture_size=source.picture_size if "video" in streams else None)
     if not source.has_sound and not source.picture_size:
-        raise clip_error(source.path, f"has {'no sound, or a silent one' if 'audio' in streams else 'no pictures'}")
+        raise clip_error(source.path, f"has no {'sound' if 'audio' in streams else 'pictures'}; choose another task or clip")
     return source
 
 
@@ -255,7 +255,8 @@ def wave_frames(source):
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
             if not (np.abs(wave) < 100).all():
-                raise clip_error(source.path, "its sound has samples that are not numbers, or far beyond -1 to 1")
+                raise clip_error(source.path, "its sound has samples that are not numbers, or far beyond -1 to 1; "
+                                              "export it anew")
             yield wave
 
 
@@ -323,10 +324,11 @@ def motion(frames):
 def active_frames(level, silence, quiet, rise, clear=0):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
-    A frame is active if it is `rise` above the floor, which is the level of the quietest tenth of `quiet` or of its own
-    minute. So a quiet voice beside a loud one counts, or after music. What varies by less than `rise` within a second is
-    a noise that began later. If nothing else is left, all that is not silence is active. If no tenth of the active
-    frames is `clear` above the floor, noise hides parts of the speech: then all within NEAR of an active frame counts."""
+    A frame is active if it is `rise` above the floor. The floor is the level of the quietest tenth of `quiet`, or of the
+    frame's own minute if that is lower. So a quiet voice counts beside a loud one, and after music. What varies by less
+    than `rise` within a second is a noise that began later. If nothing else is left, all that is not silence is active.
+    If less than a tenth of the active frames is `clear` above the floor, noise hides parts of the speech. Then all frames
+    within NEAR of an active one count that are not silence."""
     if not (level > silence).any():
         return np.zeros(len(level), bool)
     floor, minutes = np.percentile(quiet, 10), np.array_split(level, math.ceil(len(level) / (60 * FPS)))
@@ -371,11 +373,15 @@ def speech_spans(active, level, longest, borders=()):
 
 
 def is_still(frames):
-    """Whether pictures (T, H, W) uint8 show one and the same: a black, frozen or single picture, or a coded portrait.
+    """Whether pictures (T, H, W) uint8 show one and the same: black, frozen or single ones, or a coded portrait.
 
-    Key frames of a coder change such a portrait by up to 2 of 255, now and then. Lips change by more, most of the time."""
+    Key frames change a portrait by up to 2 of 255 now and then. So most of its changes are under 0.2, and their mean over
+    each second is under 0.5."""
     changes = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2))
-    return np.percentile(changes, 95) < 0.6 if len(changes) else True
+    if not len(changes):
+        return True
+    n = min(FPS, len(changes))
+    return np.median(changes) < 0.2 and np.convolve(changes, np.full(n, 1 / n), "valid").max() < 0.5
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

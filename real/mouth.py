@@ -42,7 +42,7 @@ POINTS = {        # a landmark is the mean of these vertices of FaceMesh; the la
     "right eye": (33, 160, 158, 133, 153, 144), "left eye": (362, 385, 387, 263, 373, 380),
     "nose base": (2, 97, 98, 326, 327), "mouth": (61, 291, 0, 17, 13, 14),
     "right corner": (61,), "left corner": (291,), "upper lip": (0,), "lower lip": (17,)}
-HINT = "say where the mouth is, --box x,y,w,h; or use the sound alone, --task asr"
+HINT = "say where the mouth is, --box x,y,w,h; or use the sound alone, train.py: --tasks asr, sample.py: --task asr"
 STDERR = threading.Lock()
 FILLING = defaultdict(threading.Lock)   # one for each file of the cache
 

@@ -31,6 +31,7 @@ from mome import MoME
 from real.files import HALF, CheckpointError, TrainingError, digest, is_first, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
+# A run may go on with other values of these flags.
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
@@ -132,9 +133,9 @@ def shared(work, items):
 def split_step(clips, transcripts, config):
     """What this process computes of a step, in parts that follow one another -> [(share of all tokens to predict, rows)].
 
-    Each process takes its share of the clips, and all take as many parts: at least --accumulate, and so many that no part
-    takes more than --batch-seconds with its padding. So one long clip cannot exhaust the memory. The cross-entropies of
-    all parts, weighted by their shares, add up to the mean over the tokens of the step."""
+    Each process takes its share of the clips. All processes take the same number of parts, at least --accumulate.
+    No part of several clips is longer than --batch-seconds, padding included. The cross-entropies of all parts,
+    weighted by their shares, add up to the mean over the tokens of the step."""
     def parts(rows, n):
         rows = sorted(rows, key=lambda row: clips[row].duration) if n > 1 else rows
         return [rows[i * len(rows) // n:(i + 1) * len(rows) // n] for i in range(n)]
@@ -268,8 +269,8 @@ class Run:
 
     The state holds the trained tensors, the optimizer's moments and the step. A batch is a function of the step, so the
     run goes on bit for bit. The state is written every --save-every minutes and at Ctrl-C or SIGTERM, and replaced as a
-    whole. After the end it stays: the same command then finds nothing left to train. `kept` is a dict for JSON that is
-    stored with it. frozen: a hash of the frozen parts, which another sound under the same names changes too."""
+    whole. After the end the state stays: the same command then finds nothing left to train. The state also holds `kept`,
+    a dict for JSON. frozen: a hash of the frozen parts. Other sound under the same file names changes it too."""
 
     def __init__(self, config, clips, frozen=None):
         self.out, self.minutes = Path(config.out), config.save_every
@@ -311,7 +312,7 @@ class Run:
                 raise ValueError("its content is not what this version has written")
             facts = json.loads(tensors.pop("facts").numpy().tobytes())
             if not all(x.isfinite().all() for x in tensors.values()):
-                raise ValueError("a number in it is none")
+                raise ValueError("it holds NaN or infinity")
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
         if facts["finished"] and facts["settings"] != self.settings:

@@ -100,7 +100,8 @@ def load_clips(config, tasks, audio, video):
                             "choose other --tasks")
     n_voices = sum("audio" in clip.streams for clip in clips["test"])
     if n_voices == 1 and "audio" in task_streams(tasks) and parse_snrs(config.snr) != [None]:
-        raise ClipError("only one test clip has sound, and babble is made of others' voices: use --snr clean")
+        raise ClipError(f"{config.data or '--test-clips'}: only one test clip has sound, and babble is made "
+                        "of others' voices: use --snr clean")
     return clips
 
 
@@ -119,9 +120,9 @@ def hold_out(clips):
 
 
 def set_up(config, tasks, device, watch):
-    """-> the model with its frozen parts in place, the clips by split, the tokenizer, what the checkpoint must know
-    of the real parts (checkpoint.save_model), and the features of real encoders or None.
+    """A TrainConfig -> AVSR with its frozen parts, {split: clips}, tokenizer, origin, features.Features or None.
 
+    origin is a dict: what checkpoint.save_model must know of the real parts. Features are those of real encoders.
     `watch.lap(name)` is called after each stage. Raises ClipError, WeightsError."""
     torch.manual_seed(config.seed)
     parts = read_parts(config.real_paths, dtype_on(device), config.experts, config.pad_audio)

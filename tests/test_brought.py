@@ -296,16 +296,20 @@ def test_parts_of_a_checkpoint_must_belong_together(tmp_path, change):
         load_model(a)
 
 
-@pytest.mark.parametrize("change", [
-    lambda config: config["model"]["llm"].update(n_layers=1_000_000), lambda config: config.update(tasks=["opera"]),
-    lambda config: config.update(rates=[[0, 2]]), lambda config: config["model"]["audio"].update(dim=10 ** 9)])
-def test_a_checkpoint_beyond_reason_is_refused_at_once(tmp_path, change):
+@pytest.mark.parametrize("change, reason", [
+    (lambda config: config["model"]["llm"].update(n_layers=1_000_000), "llm.n_layers is 1,000,000 in config.json"),
+    (lambda config: config.update(tasks=["opera"]), "tasks or rates that do not exist"),
+    (lambda config: config.update(rates=[[0, 2]]), "tasks or rates that do not exist"),
+    (lambda config: config["model"]["audio"].update(dim=10 ** 9), "audio.dim is 1,000,000,000 in config.json, at most")])
+def test_a_checkpoint_beyond_reason_is_refused_at_once(tmp_path, change, reason):
+    """An older checkpoint, without the hash that refuses every edit."""
     path = saved(tmp_path / "a") / "config.json"
     config = json.loads(path.read_text())
+    del config["digest"]
     change(config)
     path.write_text(json.dumps(config))
     since = time.process_time()
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=f"damaged: .*{reason}"):
         load_model(tmp_path / "a")
     assert time.process_time() - since < 5
 
@@ -598,6 +602,13 @@ def test_a_portrait_from_a_coder_does_not_move(tmp_path, talker_clips, voice, co
     frames = np.stack(list(mouth.mouths(media.probe(tmp_path / "b.mkv"), 32, box=(80, 80, 96, 96)))).astype(int)
     assert np.abs(np.diff(frames, axis=0)).mean((1, 2)).max() > 1
     assert read_clip(tmp_path / "b.mkv", box=(80, 80, 96, 96)).streams == ("audio",)
+
+
+def test_lips_that_seldom_move_are_no_portrait(talker_clips):
+    """Ten pictures of speech in ten seconds."""
+    frames = talker_clips[0].frames
+    rare = np.concatenate([np.repeat(frames[:1], 120, 0), frames[:10], np.repeat(frames[9:10], 120, 0)])
+    assert not media.is_still(rare) and media.is_still(rare[:120]) and media.is_still(rare[:1]) and media.is_still(rare[:0])
 
 
 def test_a_model_that_never_read_sound_alone_keeps_a_still_picture(tmp_path, talker_clips):

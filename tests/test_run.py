@@ -195,7 +195,7 @@ def test_a_state_with_numbers_that_are_none_is_refused(tmp_path):
     state = Run(train.TrainConfig(out=str(tmp_path)), [])
     state.begin(trained, torch.optim.AdamW(trained))
     state.save(3)
-    with pytest.raises(CheckpointError, match="damaged, start anew with --fresh: a number in it is none"):
+    with pytest.raises(CheckpointError, match="damaged, start anew with --fresh: it holds NaN"):
         state.begin(trained, torch.optim.AdamW(trained))
 
 
