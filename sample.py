@@ -28,7 +28,7 @@ from data import MAX_SECONDS, parse_rates, task_rates, task_streams, to_device
 from real import media
 from real.checkpoint import FLAGS, load_for_use, reading
 from real.clips import alike, choose_task, read_pieces
-from real.files import note, shown
+from real.files import ERRORS
 from real.options import check_sample_options, parse_sample_options
 from real.report import error_rates, write_srt
 from real.run import shared
@@ -162,18 +162,15 @@ def trained_rates(task, saved):
 @torch.no_grad()
 def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **loading):
     """Transcribe the clip at `path` -> the dict that --json prints. tokens: those that the LLM reads before
-    the first word. duration: of the clip, in s. seconds: those spent. logprob: mean over output tokens.
-    segments: a dict for each piece of the clip. `on_segment` is called with each of these dicts, in order.
-    rate: see decoder_at. box: see real/mouth.py. loading: see real.checkpoint.load_for_use. ClipError,
-    ValueError, CheckpointError or WeightsError say which clip, rate or checkpoint cannot be used."""
+    the first word. duration: the end of the last piece, in s. seconds: those spent. logprob: mean over output
+    tokens. segments: a dict for each piece; `on_segment` is called with each. rate: see decoder_at. box: see
+    real/mouth.py. loading: see load_for_use. Raises ClipError, ValueError, CheckpointError, WeightsError."""
     model, saved, tokenizer = load_for_use(str(ckpt), **loading)
     began, segments, n_ids = time.perf_counter(), [], []
     source = media.probe(path)
-    longest = saved.get("longest", MAX_SECONDS)                        # seconds, of the training clips
-    longest = min(1.1 * longest + 0.5, MAX_SECONDS)
-    task = choose_task(path, source.streams, model, task)
-    if task not in saved["tasks"]:
-        note(f"{shown(path)}: is read by task {task}, for which this model was not trained")
+    longest = min(1.1 * saved.get("longest", MAX_SECONDS) + 0.5, MAX_SECONDS)    # s, little over training's
+    task = choose_task(path, source.streams, model, task, saved["tasks"])
+    decoders = {TASKS[task]: decoder_at(rate, task, saved)}
     sizes = reading(model.config.audio, model.config.video)
     sizes |= {"levels": saved.get("levels"), "voice_alone": "asr" in saved["tasks"]}
     pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
@@ -182,9 +179,12 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
         for group in alike(pieces, PIECES, lambda piece: piece[1].streams):
             starts, clips = zip(*group)
             streams = clips[0].streams                                       # a silent piece lacks one
-            decoder = decoder_at(rate, choose_task(path, streams, model), saved)
+            if streams not in decoders:
+                own_task = choose_task(path, streams, model, None, saved["tasks"])
+                sure = rate != "auto" or own_task in saved["auto"]
+                decoders[streams] = decoder_at(rate if sure else None, own_task, saved)
             features = to_device(batch(clips, streams), model.device)
-            answers = decoder(model, model.encode(features), beam=beam)
+            answers = decoders[streams](model, model.encode(features), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
                 n_ids.append(len(ids) + 1)                                   # with <eos>
                 segments.append({
@@ -308,22 +308,22 @@ def transcribe_and_print(path, args, **options):
 
 def main(argv=None):
     args = parse_sample_options(argv, __doc__)
-    loading = {name: getattr(args, name) for name in ("verify", "device", *FLAGS)}
     try:
-        saved, clips = check_sample_options(args, loading)
+        saved, clips = check_sample_options(args)
         if args.rate != "all":
             decoder_at(args.rate, args.task or saved["tasks"][0], saved)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    options = {name: getattr(args, name) for name in ("ckpt", "task", "beam", "box")}
+    names = "ckpt", "task", "beam", "box", "verify", "device", *FLAGS
+    options = {name: getattr(args, name) for name in names}
     failed = 0
     for path in clips:
         try:
-            transcribe_and_print(path, args, **options, **loading)
+            transcribe_and_print(path, args, **options)
         except BrokenPipeError:
             raise
-        except (ClipError, OSError) as error:
+        except (ClipError, *ERRORS) as error:
             print(f"sample.py: {error}", file=sys.stderr)
             failed += 1
     return 2 if failed == len(clips) else int(failed > 0)

@@ -243,11 +243,11 @@ def train_and_test(config):
     plan = fixed_plan(tasks, pairs) | auto_plan(tasks, pairs, saved)
     rows = evaluate(model, clips, plan, parse_snrs(config.snr), tokenizer, config.beam)
     watch.lap("test")
+    print(table(rows), watch, sep="\n")
     write_json(out / "metrics.json", {
         "rows": [row for row in rows if row["audio_rate"] != "auto"],
         "auto": [row for row in rows if row["audio_rate"] == "auto"],
         "seconds": watch, "config": asdict(config)})
-    print(table(rows), watch, sep="\n")
 
 
 def main(argv=None):

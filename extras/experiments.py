@@ -22,6 +22,7 @@ import argparse
 import csv
 import io
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -220,6 +221,8 @@ def main(argv=None):
     wanted = [(trial, seed) for name in args.lists for seed in range(3) for trial in LISTS[name] if seed in trial.seeds
               and (not args.seeds or str(seed) in args.seeds.split(","))
               and (not args.methods or trial.method in args.methods.split(","))]
+    if not wanted:
+        parser.error(f"no run of {', '.join(args.lists)} has such seeds and methods")
     if "open" in args.lists:
         link_open(args.shared, Path(args.runs, "open"))
     for number, (trial, seed) in enumerate(wanted, 1):
@@ -227,7 +230,9 @@ def main(argv=None):
             continue
         run = command(trial, seed, places)
         print(f"\nrun {number} of {len(wanted)}: {shlex.join(run)}", flush=True)
+        handler = signal.signal(signal.SIGINT, lambda *_: None)      # Ctrl-C reaches train.py, which writes its state
         code = subprocess.run([sys.executable, *run[1:]]).returncode
+        signal.signal(signal.SIGINT, handler)
         if code:
             print(f"experiments.py: that command ended with {code}; the same call goes on from here", file=sys.stderr)
             return code

@@ -217,18 +217,22 @@ def alike(items, most, key):
             yield group
 
 
-def choose_task(name, streams, model, task=None):
+def choose_task(name, streams, model, task=None, trained=tuple(TASKS)):
     """`task`, if the model and the clip `name`, which has `streams`, have what it needs. Without a task: the one that
-    uses all streams that both have. Raises ClipError."""
+    uses most streams that both have, if possible one of `trained`, the model's tasks. Raises ClipError."""
     common = tuple(stream for stream in model.encoders if stream in streams)
     if task is None and common:
-        for other in set(streams) - set(common):
-            note(f"{shown(name)}: its {other} is not read, because the model reads {common[0]} only")
-        return next(task for task, needed in TASKS.items() if needed == common)
+        possible = [name for name, needed in TASKS.items() if set(needed) <= set(common)]
+        task = next(filter(trained.__contains__, possible), possible[0])
+        for other in set(streams) - set(TASKS[task]):
+            reason = f"was trained for {' and '.join(trained)}" if other in common else f"reads {common[0]} only"
+            note(f"{shown(name)}: its {other} is not read, because the model {reason}")
     if task is None or not set(TASKS[task]) <= set(common):
         needs = f"task {task} needs {' and '.join(TASKS[task])}" if task else (
             f"the model reads {' and '.join(model.encoders)}")
         raise ClipError(f"{shown(name)}: the clip has {' and '.join(streams)} only, and {needs}")
+    if task not in trained:
+        note(f"{shown(name)}: is read by task {task}, for which this model was not trained")
     return task
 
 

@@ -99,7 +99,8 @@ def write_together(contents):
 
 def temporary_of(path):
     """The path at which this thread writes a file before it is renamed to `path`."""
-    return Path(path).with_name(f".{Path(path).name[:200]}.{threading.get_ident()}.{os.getpid()}{HALF}")
+    name = os.fsdecode(os.fsencode(Path(path).name)[:200])       # a name has at most 255 bytes
+    return Path(path).with_name(f".{name}.{threading.get_ident()}.{os.getpid()}{HALF}")
 
 
 def read_stored(path, load):

@@ -181,10 +181,10 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("trai
     if is_drawn and "train" not in splits:
         note(f"{shown(folder)}: names no test split, so {counts['test']} of its {len(listed)} clips are tested; "
              "to test all, put them into a folder test")
-    listed = [entry for entry in listed if entry.split in splits]
+    n_listed, listed = len(listed), [entry for entry in listed if entry.split in splits]
     if passed_over:
         note(f"passed over in {shown(folder)} ({layout}): {passed_over}")
-    clips, unusable = {split: [] for split in splits}, Unusable(folder, len(listed), max_bad)
+    clips, unusable = {split: [] for split in splits}, Unusable(folder, n_listed, max_bad)
     now, later = listed, []
     training = [entry for entry in listed if entry.split == "train"]
     if len(training) > MAX_READ:

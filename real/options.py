@@ -95,14 +95,14 @@ def parse_sample_options(argv, description):
     return args
 
 
-def check_sample_options(args, parts):
+def check_sample_options(args):
     """Check the command line of sample.py against its checkpoint before any clip is read -> its config, the paths.
 
-    parts: the options of load_for_use. ValueError or OSError say what is wrong."""
+    ValueError or OSError say what is wrong."""
     if args.beam < 1:
         raise ValueError(f"--beam must be 1 or more, not {args.beam}")
     args.box = args.box and parse_box(args.box)
-    model, config, _ = load_for_use(args.ckpt, **parts)
+    model, config, _ = load_for_use(args.ckpt, args.verify, args.device, **{part: getattr(args, part) for part in FLAGS})
     if args.task and not set(TASKS[args.task]) <= set(model.encoders):
         streams = " and ".join(model.encoders)
         raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
@@ -112,7 +112,11 @@ def check_sample_options(args, parts):
     clips = clips or [path for path in samples if path.suffix.lower() in SUFFIXES]
     if not clips:
         raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+    if len(clips) != 1 and (args.srt or args.show_crop):
+        raise ValueError(f"--srt and --show-crop are for one clip, and {args.clips[0]} is {len(clips)}")
     for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            raise ValueError(f"{flag} {path}: a folder, or in a folder that is not there; name a file to write")
         if path and os.path.exists(path) and os.path.exists(clips[0]) and os.path.samefile(path, clips[0]):
             raise ValueError(f"{flag} {path}: that is the clip itself; name another file")
         if path and Path(path).suffix.lower() in SUFFIXES:

@@ -34,6 +34,7 @@ CORES = torch.get_num_threads()          # what torch takes when nobody asks it 
 # A run may go on with other values of these flags.
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
+PATHS = "data", "llm", "audio_encoder", "video_encoder"
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
 WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "log.csv", "samples/sample[123]_*"
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
@@ -276,9 +277,12 @@ class Run:
         self.out, self.minutes = Path(config.out), config.save_every
         self.path = self.out / "state.safetensors"
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
-        self.settings |= {"clips": digest([(clip.name, clip.text) for clip in clips])[:12], "frozen": frozen}
+        self.settings |= {name: os.path.abspath(path) for name in PATHS if (path := self.settings[name])}
+        names = [(os.path.relpath(clip.name, config.data or "."), clip.text) for clip in clips]
+        self.settings |= {"clips": digest(names)[:12], "frozen": frozen}
         self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
         self.n_tokens, self.counts = 0, {}
+        self.fresh, self.ended = config.fresh, False
         self.began = self.saved = self.looked = time.monotonic()
         if config.fresh and is_first():
             self.path.unlink(missing_ok=True)
@@ -292,9 +296,11 @@ class Run:
         self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.asked and error is None:                         # after the last step, whose state is saved
+            raise KeyboardInterrupt
 
     def begin(self, trained, optimizer):
         """Put the stored state, if there is one, into the trained tensors and the optimizer -> the step to begin with.
@@ -327,7 +333,7 @@ class Run:
                 if f"{i}.step" in tensors:                       # otherwise it has had no gradient yet
                     moments = {key: tensors[f"{i}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
                     optimizer.state[parameter] = {"step": tensors[f"{i}.step"], **moments}
-        self.kept = facts["kept"]
+        self.kept, self.ended = facts["kept"], facts["finished"]
         note(f"{self.path}: " + ("this training has ended; --fresh trains again" if facts["finished"] else
                                  f"goes on after step {facts['step']}"))
         return self.begin_log(facts["step"])
@@ -362,7 +368,8 @@ class Run:
         if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
             self.save(step)
         if self.stop:
-            note(f"{self.path}: holds the state after step {step}; the same command goes on from there")
+            note(f"{self.path}: holds the state after step {step}; the same command"
+                 f"{' without --fresh' * self.fresh} goes on from there")
             raise KeyboardInterrupt
 
     def save(self, step, finished=False):
@@ -384,6 +391,8 @@ class Run:
             write_json(self.out / "curve.json", self.kept["curve"])
         elif is_first():
             (self.out / "curve.json").unlink(missing_ok=True)            # of an earlier model
+        if is_first() and not self.ended:
+            (self.out / "metrics.json").unlink(missing_ok=True)          # of an earlier model too
         self.save(self.step, finished=True)
         if dist.is_initialized():
             together(dist.barrier)                 # the other processes read these files next
@@ -392,7 +401,8 @@ class Run:
 
     def begin_log(self, step):
         """Keep the rows of an earlier part of this run, up to `step` -> `step`."""
-        write_json(self.out / "run.json", self.facts)
+        if not self.ended:                                               # else this command only tests
+            write_json(self.out / "run.json", self.facts)
         path = self.out / "log.csv"
         rows = path.read_text(errors="replace").splitlines() if step and path.is_file() else []
         rows = [row for row in rows if (number := row.partition(",")[0]).isdecimal() and int(number) < step]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from data import TASKS, ClipError, load_tokenizer, parse_rates, task_streams
+from data import TASKS, ClipError, load_tokenizer, parse_rates, task_rates, task_streams
 from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
@@ -36,7 +36,8 @@ def check_config(config):
     trains = not (config.eval_only or config.dry_run)
     if trains and config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--batch-size {config.batch_size}: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
-    if config.data and not config.dry_run and Path(config.data).resolve() in Path(config.out, "samples").resolve().parents:
+    samples = Path(config.out, "samples").resolve()
+    if config.data and not config.dry_run and Path(config.data).resolve() in (samples, *samples.parents):
         raise ValueError(f"--out {config.out} is in the folder of --data, which would get its samples as clips; name another")
     parse_rates(config.rates)
     if config.seed >= 2 ** 63:
@@ -179,6 +180,12 @@ def load_for_test(config, tasks, device):
             raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
         if task not in saved["tasks"]:
             note(f"{config.out}: this model was not trained for {task}, but for {', '.join(saved['tasks'])}")
+    if not config.data and (trained_on := saved.get("tested", ("",))[0]):
+        note(f"{config.out}: trained on {trained_on}, and tested on the synthetic talker; --data names clips of its own")
+    wanted = [(task, rates) for task in tasks for rates in task_rates(task, parse_rates(config.rates))]
+    for task, rates in wanted:
+        if rates not in task_rates(task, saved["rates"]):
+            note(f"{config.out}: this model was not trained for {task} at rate {':'.join(map(str, rates.values()))}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
     (folder, tested), (before, tested_before) = split_digest(config, clips), saved.get("tested", (None, None))
     if folder and folder == before and tested != tested_before:

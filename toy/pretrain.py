@@ -11,6 +11,7 @@ a cache, under a hash of what went in: clips, sizes, steps, seed. None of this i
 import hashlib
 import math
 import multiprocessing
+import os
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -77,7 +78,7 @@ def clips_digest(clips):
     """A hash of all that training reads of the clips. An unread clip counts by its files' sizes and times."""
     content = hashlib.sha256()
     for clip in clips:
-        content.update(repr((clip.name, clip.text, clip.aligned)).encode())
+        content.update(repr((os.path.basename(clip.name), clip.text, clip.aligned)).encode())
         content.update(clip.stamp() if isinstance(clip, Unread) else b"")
         for array in (clip.log_power, clip.frames):
             content.update(b"" if array is None else array.tobytes())
