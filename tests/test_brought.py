@@ -826,6 +826,61 @@ def test_a_model_of_sound_says_that_lips_are_not_read(tmp_path, capsys):
     assert "a.mp4: its video is not read, because the model reads audio only" in capsys.readouterr().err
 
 
+def test_a_task_that_was_trained_is_preferred(capsys):
+    model, both = tiny_avsr(), ("audio", "video")
+    assert clips.choose_task("a.mp4", both, model, None, ["asr", "vsr"]) == "asr"
+    assert "its video is not read, because the model was trained for asr and vsr" in capsys.readouterr().err
+    assert clips.choose_task("a.mp4", both, model, None, ["avsr", "asr"]) == "avsr" and not capsys.readouterr().err
+    assert clips.choose_task("a.mp4", ("video",), model, None, ["avsr"]) == "vsr"
+    assert "is read by task vsr, for which this model was not trained" in capsys.readouterr().err
+
+
+def test_a_muted_piece_does_not_end_a_clip(tmp_path, talker_clips, capsys):
+    """The model knows avsr alone, and has no threshold for lips alone."""
+    words = ["bin", "blue"]
+    model = tiny_avsr(vocab=make_tokenizer(words).n_vocab)
+    save_model(model, tmp_path, {}, words, rates=[[2, 2], [4, 4]], tasks=["avsr"], longest=4, auto={"avsr": 0.})
+    frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips[:4]])
+    sound = np.concatenate([np.pad(clip.wave, (0, 16000)) for clip in talker_clips[:2]])
+    write_mp4(tmp_path / "a.mp4", frames, np.pad(sound, (0, len(frames) * 640 - len(sound))))
+    answer = sample.transcribe(tmp_path / "a.mp4", str(tmp_path), rate="auto")
+    rates = [(segment["audio_rate"], segment["video_rate"]) for segment in answer["segments"]]
+    assert rates[0][0] and (None, 2) in rates
+    assert capsys.readouterr().err.count("is read by task vsr, for which this model was not trained") == 1
+
+
+def test_a_pattern_of_several_clips_has_no_subtitles(tmp_path, voice, capsys):
+    saved(tmp_path / "out")
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", voice, 16000)
+    for argv, said in (([str(tmp_path / "*.wav")], "are for one clip"),
+                       ([str(tmp_path / "a.wav")], "in a folder that is not there; name a file to write")):
+        assert sample.main([*argv, "--ckpt", str(tmp_path / "out"), "--srt", str(tmp_path / "missing/x.srt")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_clips_of_one_s_own_are_not_taken_for_samples(tmp_path, talker_clips, capsys):
+    (tmp_path / "out/samples").mkdir(parents=True)
+    clips.write_clip(talker_clips[0], tmp_path / "out/samples/sample1_mine.mp4")
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "--data", tmp_path / "out/samples", "--out", tmp_path / "out")
+    assert "would get its samples as clips" in capsys.readouterr().err
+
+
+def test_the_table_is_shown_before_metrics_json_is_written(trained, tmp_path, capsys, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(train, "write_json", full)
+    assert train.main(["--eval-only", "--out", str(trained), "--rates", "2:2", "--tasks", "asr", "--test-clips", "2", "--snr", "clean"]) == 2
+    shown = capsys.readouterr()
+    assert "asr   clean" in shown.out and "No space left" in shown.err
+
+
+def test_a_long_name_in_another_script_is_written(tmp_path):
+    files.write_whole(tmp_path / ("字" * 80 + ".srt"), lambda path: path.write_text("1"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_clip_of_exactly_30_s(tmp_path, talker_clips):
     wave = np.concatenate([clip.wave for clip in talker_clips * 3])[:30 * 16000]
     soundfile.write(tmp_path / "a.wav", wave, 16000)

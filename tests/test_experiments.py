@@ -1,5 +1,6 @@
 """python -m pytest tests/test_experiments.py: the lists of runs, results.csv, and the tables that are made from it."""
 import json
+import signal
 import subprocess
 from types import SimpleNamespace
 
@@ -70,6 +71,21 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, 
     assert "2 of 2 seeds    1 min  python train.py --rates 2 --method mome --seed 0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         experiments.main(["three"])
+
+
+def test_ctrl_c_leaves_train_py_the_time_to_write_its_state(tmp_path, monkeypatch, capsys):
+    def run(command, **_):
+        signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(returncode=130)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(experiments, "LISTS", {"one": [Trial("mome", "2", seeds=(0,))]})
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    assert experiments.main(["one", "--results", "results.csv"]) == 130
+    assert "ended with 130; the same call goes on from here" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(SystemExit, match="2"):
+        experiments.main(["one", "--results", "results.csv", "--seeds", "5"])
 
 
 @pytest.mark.parametrize("method", ["mome-places", "lora-mss", "mome-routers"])

@@ -833,3 +833,11 @@ def test_texts_of_one_clip_in_two_folders(tmp_path):
     write(tmp_path / "txt/a.txt", "says two")
     with pytest.raises(ClipError, match="text/a.txt: another text than in .*txt/a.txt"):
         entries(tmp_path)
+
+
+def test_one_unusable_clip_counts_alike_in_training_and_in_a_test(tmp_path):
+    """Of 12 clips, 3 are for testing."""
+    for i in range(12):
+        write_tone(tmp_path / f"{'test' if i < 3 else 'train'}/{i}.wav", f"says {i}" if i else "")
+    for splits in (("train", "test"), ("test",)):
+        assert len(folder_clips(tmp_path, max_bad=10., splits=splits)["test"]) == 2

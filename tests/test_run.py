@@ -30,6 +30,7 @@ from real import run
 from real.checkpoint import load_model
 from real.files import CheckpointError
 from real.run import Run
+from toy.pretrain import clips_digest
 
 STEPS = 6
 
@@ -558,3 +559,61 @@ def test_experts_without_work_are_named(capsys):
     looking.look_at_experts()
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 and "layer 0: expert 2 got no token" in notes[0] and "layer 1: its router has collapsed" in notes[1]
+
+
+def test_a_path_may_be_written_in_another_way(tmp_path, monkeypatch):
+    """clips/ and the whole path are the folder clips: a run goes on, and its stage 1 is found."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+
+    def settings(folder):
+        clips = [Clip(os.path.join(folder, "a.wav"), "bin", log_power=np.zeros((80, 9), np.float16))]
+        return Run(train.TrainConfig(out="out", data=folder), clips).settings, clips_digest(clips)
+    assert settings("clips") == settings("clips/") == settings(str(tmp_path / "clips")) != settings("other")
+
+
+def test_a_run_that_began_anew_says_how_to_go_on(tmp_path, capsys):
+    for fresh in (True, False):
+        state = Run(train.TrainConfig(out=str(tmp_path), fresh=fresh), [])
+        state.begin([torch.nn.Parameter(torch.ones(2))], torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]))
+        state.stop = True
+        with pytest.raises(KeyboardInterrupt):
+            state.after(1)
+        said = "the same command without --fresh goes on" if fresh else "the same command goes on"
+        assert said in capsys.readouterr().err
+
+
+def test_metrics_of_an_earlier_model_do_not_stay(tmp_path):
+    """A command that finds its training ended only tests, and then they are of this model."""
+    def ended(**settings):
+        state, trained = Run(train.TrainConfig(out=str(tmp_path), **settings), []), [torch.nn.Parameter(torch.ones(2))]
+        step = state.begin(trained, torch.optim.AdamW(trained))
+        state.save(step)
+        state.finish()
+    ended()
+    (tmp_path / "metrics.json").write_text("{}")
+    before = (tmp_path / "run.json").read_text()
+    ended()
+    assert (tmp_path / "metrics.json").is_file() and (tmp_path / "run.json").read_text() == before
+    ended(lr=1.)
+    assert not (tmp_path / "metrics.json").exists() and (tmp_path / "run.json").read_text() != before
+
+
+def test_ctrl_c_after_the_last_step_is_heard(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(train.TrainConfig(out=str(tmp_path)), []):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(ValueError), Run(train.TrainConfig(out=str(tmp_path)), []):
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError
+
+
+def test_what_a_test_of_another_kind_says(trained, tmp_path, capsys):
+    """Other rates than those of training, and the synthetic talker in place of clips of one's own."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"tested": ["/my/clips", "hash"]}))
+    argv = ["--eval-only", "--out", str(out), "--tasks", "avsr", "--test-clips", "2", "--snr", "clean"]
+    assert train.main([*argv, "--rates", "2:2,4:4"]) == 0
+    notes = capsys.readouterr().err
+    assert "trained on /my/clips, and tested on the synthetic talker" in notes
+    assert "not trained for avsr at rate 4:4" in notes and "at rate 2:2" not in notes
