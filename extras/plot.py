@@ -19,7 +19,7 @@ from real.files import write_whole
 from real.report import table
 from real.script import run_script
 
-PAGES = "README.md", "docs/results.md", "docs/real.md"
+PAGES = "README.md", "docs/results.md", "docs/speech.md"
 MARKED = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CONDITIONS = {"sound and lips, clean": ("avsr", "clean"), "sound and lips, babble at 0 dB": ("avsr", "0"),
               "sound and lips, babble at -5 dB": ("avsr", "-5"), "sound, clean": ("asr", "clean"),
