@@ -27,11 +27,11 @@ from data import TASKS, TOKENS_PER_SECOND, ClipError, batch, in_babble, normaliz
 from data import MAX_SECONDS, parse_rates, task_rates, task_streams, to_device
 from real import media
 from real.checkpoint import FLAGS, load_for_use, reading
-from real.clips import alike, choose_task, read_pieces
+from real.clips import choose_task, groups_of, read_pieces
 from real.files import ERRORS
 from real.options import check_sample_options, parse_sample_options
 from real.report import error_rates, write_srt
-from real.run import shared
+from real.run import over_processes
 
 TEST_BATCH = 50     # hypotheses that are decoded together in a test
 TEST_SECONDS = 300  # seconds of clips that are encoded together in a test
@@ -176,7 +176,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
     bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
     with tqdm(total=round(source.seconds), **bar) as progress:
-        for group in alike(pieces, PIECES, lambda piece: piece[1].streams):
+        for group in groups_of(pieces, PIECES, lambda piece: piece[1].streams):
             starts, clips = zip(*group)
             streams = clips[0].streams                                       # a silent piece lacks one
             if streams not in decoders:
@@ -235,7 +235,7 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
     clips = sorted(clips, key=lambda clip: (clip.streams, clip.duration))
     longest = max(clip.duration for clip in clips)
     size = min(TEST_BATCH / beam, TEST_SECONDS / longest)
-    chunks = list(alike(clips, max(1, int(size)), lambda clip: clip.streams))
+    chunks = list(groups_of(clips, max(1, int(size)), lambda clip: clip.streams))
 
     def decode_chunk(chunk):
         results, encoded = {}, {}
@@ -260,7 +260,7 @@ def decode_all(model, clips, plan, snrs, tokenizer, beam=1):
 
     model.eval()
     merged = {}
-    for results in shared(decode_share, chunks):    # among the processes of torchrun
+    for results in over_processes(decode_share, chunks):
         for key, rows in results.items():
             merged.setdefault(key, []).extend(rows)
     return merged

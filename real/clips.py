@@ -210,7 +210,7 @@ def read_clip(path, span=None, sound=None, **reading):
     return clip
 
 
-def alike(items, most, key):
+def groups_of(items, most, key):
     """Yield lists of up to `most` neighbours of the same `key(item)`."""
     for _, same in groupby(items, key):
         while group := list(islice(same, most)):

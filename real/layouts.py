@@ -311,17 +311,17 @@ def clip_key(path, folder):
     """What a video, its sound and its text have in common: the folders without words for kinds of files, and the name.
 
     a.mp4.wav and a.mp4.txt have the name of a.mp4."""
-    return *filter(None, map(plain, path.relative_to(folder).parts[:-1])), re.sub(rf"({MEDIA})+$", "", path.stem, flags=re.I)
+    return *filter(None, map(without_kind, path.relative_to(folder).parts[:-1])), re.sub(rf"({MEDIA})+$", "", path.stem, flags=re.I)
 
 
-def plain(name):
+def without_kind(name):
     """The name of a folder without words for kinds of files: audio_25k is empty, s1_50kHz is s1."""
     return KIND.sub("", name).strip("-_. ")
 
 
 def without_kinds(names):
     """The names of folders that say more than a kind of files."""
-    return tuple(filter(plain, names))
+    return tuple(filter(without_kind, names))
 
 
 def splits_and_talkers(parents):
