@@ -49,16 +49,17 @@ def identify(paths):
             for part, path in paths.items()}
 
 
-def stored(name, parts):
-    """Whether a checkpoint with these real parts stores the tensor of this name: what was trained, and stand-ins."""
-    owner, inner = name.split(".")[:2]
-    part = inner if owner == "encoders" else owner
-    return part not in parts or ".mome." in name or ".lora." in name
+def stored(model, parts):
+    """The names of the tensors that a checkpoint with these real parts stores: what is trained, and stand-ins."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    part_of = {name: name.removeprefix("encoders.").partition(".")[0] for name in model.state_dict()}
+    return {name for name, part in part_of.items() if name in trained or part not in parts}
 
 
 def save_model(model, folder, parts, words=None, **more):
     """Write a checkpoint. `parts` comes from `identify`, `words` from a stand-in tokenizer; config.json gets `more`."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if stored(name, parts)}
+    names = stored(model, parts)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
     files = {"model.safetensors": save(state)}
     if words is not None:
         files["tokenizer.json"] = to_json({"words": list(words)})
@@ -84,7 +85,7 @@ def load_model(folder, paths=None, verify=False, device=torch.device("cpu")):
     except (CheckpointError, WeightsError, torch.OutOfMemoryError):
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise CheckpointError(f"{folder}: damaged, or of another version; copy it again, or train again: {reason}") from None
 
 
@@ -139,7 +140,7 @@ def read_model(folder, config, paths, verify, device):
     saved, parts = config["model"], config["parts"]
     if unknown := [FLAGS[part] for part in paths if part not in parts]:
         raise CheckpointError(f"{folder}: holds its own stand-in for what {unknown[0]} names; leave {unknown[0]} out")
-    sizes = {part: saved[part] and PARTS[part].Config(**as_tuples(saved[part])) for part in PARTS}
+    sizes = {part: saved.get(part) and PARTS[part].Config(**as_tuples(saved[part])) for part in PARTS}
     config["paths"] = {part: str(paths.get(part) or parts[part]["path"]) for part in parts}
     for part, path in config["paths"].items():
         if not Path(path).exists():
@@ -150,7 +151,7 @@ def read_model(folder, config, paths, verify, device):
         if differences:
             raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
     experts = {name: saved["llm"][name] for name in EXPERTS}
-    real = read_parts(config["paths"], dtype_on(device), experts, padded=bool(sizes["audio"] and sizes["audio"].padded))
+    real = read_parts(config["paths"], dtype_on(device), experts, padded=getattr(sizes["audio"], "padded", False))
     for part, module in real.items():
         if module.config != sizes[part]:
             path = config["paths"][part]
@@ -160,7 +161,7 @@ def read_model(folder, config, paths, verify, device):
         from extras.baselines import build_adapter
         build_adapter(model, config)
     missing, unexpected = model.load_state_dict(load_file(Path(folder, "model.safetensors")), strict=False)
-    if wrong := unexpected + [name for name in missing if stored(name, real)]:
+    if wrong := unexpected + sorted(stored(model, real).intersection(missing)):
         raise CheckpointError(f"{folder}: damaged, or of another version: {wrong[0]} is missing or unknown")
     return model.to(device).eval()
 

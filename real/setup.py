@@ -188,6 +188,8 @@ def load_for_test(config, tasks, device):
             note(f"{config.out}: this model was not trained for {task} at rate {':'.join(map(str, rates.values()))}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
     (folder, tested), (before, tested_before) = split_digest(config, clips), saved.get("tested", (None, None))
+    if not folder and not before and tested_before not in (None, tested):
+        note(f"{config.out}: other test clips than those of the training: another --seed or --test-clips")
     if folder and folder == before and tested != tested_before:
         note(f"{folder}: its test split is not that of the training any more; the model may have been trained on some of it")
     return model, saved, clips, replace(config, **{name: getattr(model.config.llm, name) for name in EXPERTS},

@@ -440,3 +440,12 @@ def test_a_dry_run_counts_padding_and_no_attention_matrices():
     assert of(10, "--pad-audio")["encoder_flops"] == of(30)["encoder_flops"] > 2 * of(10)["encoder_flops"]
     short, long = (of(seconds)["step_bytes"] for seconds in (10, 20))
     assert 1.9 < long / short < 2.1            # a (T, T) matrix would make it 3 times
+
+
+def test_any_adapter_beside_a_real_llm_is_stored(tiny):
+    """What is trained tells it, not a name."""
+    layer = tiny.llm.layers[0]
+    layer.adapter, layer.frozen = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
+    names = checkpoint.stored(tiny, {"llm": None, "audio": None})
+    assert {"llm.layers.0.adapter.weight", "llm.layers.0.mome.down", "projectors.audio.0.weight", "encoders.video.norm.weight"} <= names
+    assert not {"llm.layers.0.frozen.weight", "llm.norm.weight", "encoders.audio.norm.weight"} & names

@@ -30,6 +30,7 @@ from real import run
 from real.checkpoint import load_model
 from real.files import CheckpointError
 from real.run import Run
+from toy import pretrain
 from toy.pretrain import clips_digest
 
 STEPS = 6
@@ -617,3 +618,17 @@ def test_what_a_test_of_another_kind_says(trained, tmp_path, capsys):
     notes = capsys.readouterr().err
     assert "trained on /my/clips, and tested on the synthetic talker" in notes
     assert "not trained for avsr at rate 4:4" in notes and "at rate 2:2" not in notes
+    assert train.main([*argv[:1], "--out", str(trained), *argv[3:], "--rates", "2:2"]) == 0
+    assert "other test clips than those of the training: another --seed or --test-clips" in capsys.readouterr().err
+
+
+def test_another_network_of_the_same_config_is_not_loaded_from_the_cache():
+    with pytest.raises(CheckpointError, match="my/cache: its weights are of another network than Linear; name another --cache"):
+        pretrain.load_cached(torch.nn.Linear(3, 3), {"other": torch.ones(3)}, "my/cache")
+
+
+def test_stage_2_does_not_depend_on_the_experts(trained, tmp_path, capsys):
+    """Where experts stand and how many a token passes is nothing to a plain Llama, which is then found in the cache."""
+    argv = [*TRAINED, "--cache", str(trained / "cache"), "--out", str(tmp_path), "--place", "ffn", "--top-k", "1", "--bottleneck", "3"]
+    assert train.main(argv) == 0
+    assert "llama: found in" in capsys.readouterr().out

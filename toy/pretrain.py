@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from data import batch, to_device
 from encoders import VideoConfig
-from mome import Llama
-from real.files import digest, read_stored, write_whole
+from mome import Llama, LlamaConfig
+from real.checkpoint import EXPERTS
+from real.files import CheckpointError, digest, read_stored, write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
 from toy.talker import LEXICON, grid_sentences, talker_clips
@@ -72,6 +73,15 @@ def cached(folder, name, key, make):
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(state, temporary))
     return state
+
+
+def load_cached(network, state, cache):
+    """Load a state of the cache. Raises CheckpointError: a key tells configs apart, and not networks of one config."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError:
+        raise CheckpointError(f"{cache}: its weights are of another network than {type(network).__name__}; "
+                              "name another --cache") from None
 
 
 def clips_digest(clips):
@@ -206,7 +216,7 @@ def begin_on_talker(stream, encoder, tested, config, cache, device):
     steps = getattr(config, f"{stream}_steps")
     tested = tested & set(grid_sentences("train"))           # what the talker says
     key = ["talker", config.seed, config.clips, asdict(encoder.config), steps, sorted(tested)]
-    encoder.load_state_dict(cached(cache, f"{stream}-encoder", key, make))
+    load_cached(encoder, cached(cache, f"{stream}-encoder", key, make), cache)
 
 
 def alignment(tokens, names, seconds):
@@ -229,7 +239,7 @@ def learn_encoder(stream, encoder, clips, units, of_clips, alignments, tested, c
     make = partial(train_encoder, stream, new, clips, units, steps, config.seed, device, alignments)
     state = cached(cache, f"{stream}-encoder", key, make)
     layer = {name[5:]: state.pop(name) for name in list(state) if name.startswith("head.")}
-    encoder.load_state_dict(state)
+    load_cached(encoder, state, cache)
     if not teaches or not is_real or any(isinstance(clip, Unread) for clip in clips):
         return {}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
@@ -285,7 +295,8 @@ def pretrain(model, given, clips, texts, tested, tokenizer, config, cache, watch
     seed, device = config.seed, model.device
     units = sorted({unit for word in common_words(texts) for unit in spell(word)})
     of_clips = clips_digest(clips) if set(model.encoders) - set(given) else ""
-    plain = replace(model.config, llm=replace(model.config.llm, n_routed=0, n_shared=0))
+    no_experts = {name: getattr(LlamaConfig, name) for name in EXPERTS}
+    plain = replace(model.config, llm=replace(model.config.llm, **no_experts))
     key = [seed, asdict(plain.llm), config.llm_steps, LLM_BATCH, MADE_UP, texts, sorted(tested)]
     is_there = "llm" in given or cache_file(cache, "llama", key).is_file()      # then the Llama needs no process
     process = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), begin_worker)
