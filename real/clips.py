@@ -17,7 +17,7 @@ from encoders import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from real import media
 from real.files import SPAN, note, shown, write_whole
 from real.media import MIN_FRAMES, clip_error
-from real.mouth import HINT, mouths
+from real.mouth import HINT, is_mouth, mouths
 
 MISSING = 0.05         # share of a damaged training clip that may be missing
 UNHEARD = 2 * FPS      # frames: where the sound is silent or over for so long, the lips show where speech is
@@ -43,6 +43,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     name = f"{source.path}{SPAN}{span[0]:g},{span[1]:g}" if span else str(source.path)
     end = n_pieces = 0  # end of the last piece, in frames
     unused = set()      # why a stream that is there is not used
+    is_close = box != "all" or not selected.picture_size or is_mouth(selected)     # in a whole picture lips are too small
     hole = 0            # frames that lack everything, one after another
     if spans == []:
         unused |= {"sound is silent"} if source.has_sound else set()
@@ -61,7 +62,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
                 continue
             if wave is not None and (np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1) <= SILENT_POWER).all():
                 wave, unused = None, unused | {"sound is silent"}
-            if frames is not None and (wave is None or voice_alone) and media.is_still(frames):
+            if frames is not None and (wave is None or voice_alone) and is_close and media.is_still(frames):
                 frames, unused = None, unused | {"pictures do not move"}
             if wave is None and frames is None:
                 continue
@@ -111,7 +112,8 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    if (source.complaints or has_known_length(source)) and not longest and not span and end < (1 - MISSING) * source.claimed * FPS:
+    least = source.claimed - max(ADDED, MISSING * source.claimed)
+    if (source.complaints or has_known_length(source)) and not longest and not span and end / FPS < least:
         says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; copy it again{says}")
     if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
@@ -143,7 +145,7 @@ def speech_over_time(source, selected, lips, max_frames):
         if selected.has_sound:
             raise
         level = np.zeros(0)
-    if has_known_length(source) and 0 < len(level) < (1 - MISSING) * source.claimed * FPS:
+    if has_known_length(source) and 0 < len(level) / FPS < source.claimed - max(ADDED, MISSING * source.claimed):
         note(f"{shown(source.path)}: only {len(level) / FPS:.1f} of {source.claimed:.1f} s of sound can be read")
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)

@@ -34,6 +34,7 @@ MAX_PIXELS = 36_000_000  # of one picture: 8k
 HELD_FRAMES = 10         # sound that outlasts the pictures by more is read to its end (not in the paper)
 PAUSE = 9                # frames: a longer pause separates two pieces of a long clip (not in the paper)
 MARGIN = 4               # frames of the pause that each piece keeps (not in the paper)
+HISS = 30                # dB: a track quieter by more than another is an open input, not a voice (not in the paper)
 NEAR = 3 * FPS           # frames: in loud noise all so near to a frame with speech is read (not in the paper)
 
 
@@ -87,8 +88,7 @@ def probe(path):
         raise clip_error(path, "not readable as media: an empty file")
     if is_pointer(path):
         raise clip_error(path, "a Git LFS pointer, not the clip; fetch it with: git lfs pull")
-    command = [ffmpeg(), "-hide_banner", "-i", f"file:{path}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    done = ask_ffmpeg(path)
     text = done.stderr.decode(errors="replace")
     if "Input #0" not in text:
         complaint = first_words(done.stderr) or f"nothing ({done.returncode})"
@@ -114,8 +114,8 @@ def probe(path):
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
     seconds = claimed = seconds_of(duration)
-    if "Estimating duration from bitrate" in text:
-        claimed = 0.                                        # a guess, no claim
+    if "Estimating duration from bitrate" in text or not size and len(streams) > 1:
+        claimed = 0.                                        # a guess, or of a stream that is not read: no claim
     if not 0 < seconds <= MAX_SECONDS:
         seconds = packed_seconds(path) or seconds
     source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
@@ -126,11 +126,25 @@ def note_if_joined(path, text, streams):
     """Print a note if a file is much larger than its streams: ffmpeg stops where the first file's header ends.
 
     text: what ffmpeg says of the file; streams: its lines about streams."""
-    rates, total = re.findall(r" (\d+) kb/s", "".join(streams)), re.search(r"^  Duration: .*bitrate: (\d+)", text, re.M)
-    has_index = re.search(r"^Input #0, (wav|aiff|mov|flv)", text, re.M) and "(attached pic)" not in text
-    most = 1.5 * sum(map(int, rates)) + 16                     # kb/s; 16 of them for the index of a small file
-    if has_index and total and len(rates) == len(streams) and int(total[1]) > most:
+    rates = re.findall(r" (\d+) kb/s", "".join(streams))
+    has_index = re.search(r"^Input #0, (wav|aiff|mov|flv)", text, re.M)
+    if not has_index or "(attached pic)" in text or len(rates) != len(streams):
+        return
+
+    def is_larger(text):    # than 1.5 times its streams and an index of 16 kb/s and 4 kB
+        total = re.search(r"^  Duration: (\d+):(\d+):([\d.]+).*bitrate: (\d+)", text, re.M)
+        return total and (int(total[4]) - 1.5 * sum(map(int, rates)) - 16) * seconds_of(total) > 32
+
+    if is_larger(text) and has_index[1] == "mov":       # what an edit list hides, as in a trimmed file, is no other file
+        text = ask_ffmpeg(path, "-ignore_editlist", "1").stderr.decode(errors="replace")
+    if is_larger(text):
         note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
+
+
+def ask_ffmpeg(path, *options):
+    """ffmpeg's answer about a file, as a finished process."""
+    command = [ffmpeg(), "-hide_banner", *options, "-i", f"file:{path}"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def default_first(tracks):
@@ -140,7 +154,7 @@ def default_first(tracks):
 
 def seconds_of(found):
     """A match of hours, minutes and seconds -> seconds; 0 for None."""
-    return sum(part * float(text) for part, text in zip((3600, 60, 1), found.groups())) if found else 0.
+    return sum(part * float(text) for part, text in zip((3600, 60, 1), found.groups()[:3])) if found else 0.
 
 
 def packed_seconds(path):
@@ -159,14 +173,14 @@ def choose_sound(source, tracks):
     Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual. More are
     added up, as loud as the loudest of them: each may be a microphone. If that cancels them, the loudest is read."""
     order = default_first(tracks)
-    for i in order:
-        if len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[i]):
-            return source
-        channels, mix, mixed = channel_levels(source, i)
-        if channels and max(channels) > SILENCE:
-            break
-    else:
+    if not order or len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[0]):
         return source
+    levels = {i: channel_levels(source, i) for i in order}
+    enough = max(SILENCE, max(max(channels, default=-200) for channels, _, _ in levels.values()) - HISS)
+    i = next((i for i in order if max(levels[i][0], default=-200) > enough), None)
+    if i is None:
+        return source
+    channels, mix, mixed = levels[i]
     if len(order) > 1:
         note(f"{shown(source.path)}: {len(order)} sound tracks; read is number {i + 1}")
     loudest = int(np.argmax(channels))
@@ -190,11 +204,12 @@ def channel_levels(source, track):
         return [max(-200., float(level)) for level in found]     # -200 also for -inf and nan
 
     channels, mix = levels(stats), source.mix
-    if len(channels) > 2:
+    mixed = levels(f"{mix},{stats}") if len(channels) == 2 else []
+    if is_sum := len(channels) > 1 and not mixed:     # of many, or of two without a usual mix, like those of the sides
         mix = "aformat=sample_fmts=flt,pan=mono|c0=" + "+".join(f"c{c}" for c in range(len(channels)))
-    mixed = levels(f"{mix},{stats}") if len(channels) > 1 else []
+        mixed = levels(f"{mix},{stats}")
     mixed = mixed[0] if mixed else max(channels, default=-200.)
-    if len(channels) > 2:
+    if is_sum:
         mix += f",volume={max(channels) - mixed:.1f}dB"
     return channels, mix, mixed
 
@@ -375,13 +390,16 @@ def speech_spans(active, level, longest, borders=()):
 def is_still(frames):
     """Whether pictures (T, H, W) uint8 show one and the same: black, frozen or single ones, or a coded portrait.
 
-    Key frames change a portrait by up to 2 of 255 now and then. So most of its changes are under 0.2, and their mean over
-    each second is under 0.5."""
+    Key frames change a portrait by up to 2 of 255 now and then, which is over five times its usual change. The mean change
+    over each second is under 0.5, and 99 % of the pixels stay within 25. Lips in strongly compressed film go further."""
     changes = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2))
     if not len(changes):
         return True
     n = min(FPS, len(changes))
-    return np.median(changes) < 0.2 and np.convolve(changes, np.full(n, 1 / n), "valid").max() < 0.5
+    means = np.convolve(changes, np.full(n, 1 / n), "valid")
+    ranges = [np.percentile(np.ptp(frames[i:i + FPS + 1], axis=0), 99) for i in range(0, len(changes), FPS)]
+    is_coded = changes.max() > 5 * np.median(changes) and means.max() < 0.5 and max(ranges) < 25
+    return is_coded or changes.max() < 0.2
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

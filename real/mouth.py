@@ -76,7 +76,7 @@ def mouths(source, size, box=None, cache=None):
         x, y, w, h = box
         if x + w > width or y + h > height:
             raise clip_error(source.path, f"--box {x},{y},{w},{h} reaches beyond its pictures of {width}x{height}")
-        scale = f"crop={w}:{h}:{x}:{y},{scale}"
+        scale = f"crop={w}:{h}:{x}:{y}:exact=1,{scale}"
     yield from picture_frames(source, scale, (size, size))
 
 

@@ -604,6 +604,55 @@ def test_a_portrait_from_a_coder_does_not_move(tmp_path, talker_clips, voice, co
     assert read_clip(tmp_path / "b.mkv", box=(80, 80, 96, 96)).streams == ("audio",)
 
 
+def test_lips_in_strongly_compressed_film_move():
+    """A coder that skips blocks changes few pixels, but these by much."""
+    frames = np.full((50, 32, 32), 90, np.uint8)
+    frames[10:40:4, 14:17, 12:16] = 140
+    assert not media.is_still(frames) and media.is_still(frames[:10])
+
+
+def test_check_does_not_judge_lips_in_whole_pictures(tmp_path, talker_clips, capsys):
+    """A mouth of 12 pixels in a picture that stands still otherwise."""
+    frames = np.full((len(talker_clips[0].frames), 240, 320), 60, np.uint8)
+    frames[:, 150:162, 150:162] = talker_clips[0].frames[:, ::2, ::2][:, 2:14, 2:14]
+    write_mp4(tmp_path / "a.mp4", frames, talker_clips[0].wave)
+    assert read_clip(tmp_path / "a.mp4", box="all").streams == ("audio", "video") and not capsys.readouterr().err
+    write_mp4(tmp_path / "b.mp4", frames[:1].repeat(75, 0)[:, :96, :96], talker_clips[0].wave)
+    assert read_clip(tmp_path / "b.mp4", box="all").streams == ("audio",)
+
+
+def test_a_clip_that_was_cut_without_recoding_is_not_joined(tmp_path, talker_clips, capsys):
+    frames = np.concatenate([clip.frames for clip in talker_clips])
+    write_mp4(tmp_path / "a.mp4", frames, np.concatenate([clip.wave for clip in talker_clips]))
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", "libx264", "-g", "400", "-sc_threshold", "0", "-c:a", "aac", tmp_path / "b.mp4")
+    ffmpeg("-ss", "6", "-i", tmp_path / "b.mp4", "-t", "1.5", "-c", "copy", tmp_path / "c.mp4")
+    media.probe(tmp_path / "c.mp4")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level, read", [(-65, "voice"), (-20, "hiss")])
+def test_a_default_track_that_only_hisses_is_not_read(tmp_path, voice, level, read):
+    """An open input. A quiet voice on the default track is still the one that is read."""
+    hiss = np.random.default_rng(0).normal(0, 10 ** (level / 20), len(voice))
+    soundfile.write(tmp_path / "hiss.wav", hiss, 16000)
+    soundfile.write(tmp_path / "voice.wav", 0.1 * voice / voice.std(), 16000)
+    ffmpeg("-i", tmp_path / "hiss.wav", "-i", tmp_path / "voice.wav", "-map", "0:a", "-map", "1:a", "-c", "copy", tmp_path / "a.mkv")
+    assert alike(heard(tmp_path / "a.mkv"), {"voice": voice, "hiss": hiss}[read])
+
+
+def test_two_channels_without_a_usual_mix(tmp_path, voice):
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    ffmpeg("-i", tmp_path / "a.wav", "-af", "pan=SL+SR|SL=c0|SR=c0", tmp_path / "b.wav")
+    assert alike(heard(tmp_path / "b.wav"), voice)
+
+
+def test_sound_beside_a_longer_stream_is_whole(tmp_path, voice):
+    soundfile.write(tmp_path / "a.wav", voice, 16000)
+    soundfile.write(tmp_path / "b.wav", np.tile(voice, 3), 16000)
+    ffmpeg("-i", tmp_path / "a.wav", "-i", tmp_path / "b.wav", "-map", "0:a", "-map", "1:a", tmp_path / "c.mka")
+    assert alike(heard(tmp_path / "c.mka"), voice)
+
+
 def test_lips_that_seldom_move_are_no_portrait(talker_clips):
     """Ten pictures of speech in ten seconds."""
     frames = talker_clips[0].frames
