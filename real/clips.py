@@ -149,7 +149,7 @@ def speech_over_time(source, selected, lips, max_frames):
         note(f"{shown(source.path)}: only {len(level) / FPS:.1f} of {source.claimed:.1f} s of sound can be read")
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)
-    heard = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), rise=6, clear=20)
+    heard = media.active_frames(level, media.SILENCE, np.maximum(level, media.SILENCE), rise=6, clear=15)
     active, borders = np.pad(heard, missing), []
     level = np.pad(level, missing, constant_values=-200)
     unheard = np.concatenate([run & (len(run) >= UNHEARD) for run in runs(level <= media.SILENCE)])
