@@ -25,8 +25,7 @@ class Stopwatch(dict):
 
 def parameter_line(facts):
     """One line: how many parameters are frozen, trained, and active for one token. facts: of baselines.add_adapter."""
-    counts, method = facts["parameters"], facts["method"]
-    adapter = next((name for name in ("MoME", "LoRA") if method.startswith(name.lower())), method)
+    counts, adapter = facts["parameters"], "LoRA" if facts["method"].startswith("lora") else "MoME"
     return (f"frozen: encoders {counts['encoders']:,}, LLM {counts['LLM']:,} parameters; trained: {adapter} "
             f"{counts['adapter']:,} ({counts['active']:,} active for one token), projectors and markers "
             f"{counts['projectors and markers']:,}")

@@ -96,7 +96,7 @@ def summed(x):
     return x
 
 
-def rank_and_size():
+def place():
     """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -122,7 +122,7 @@ def first_alone():
 
 def over_processes(work, items):
     """The results of work(items), a list. Each process of torchrun works on its share and gets the results of all."""
-    rank, n_processes = rank_and_size()
+    rank, n_processes = place()
     results = list(work(items[rank::n_processes]))
     if n_processes == 1:
         return results
@@ -144,7 +144,7 @@ def split_step(clips, transcripts, config):
     def fits(part):
         return len(part) == 1 or len(part) * max(clips[row].duration for row in part) <= config.batch_seconds
 
-    rank, n_processes = rank_and_size()
+    rank, n_processes = place()
     shares = [range(i, len(clips), n_processes) for i in range(n_processes)]
     most = len(clips) // n_processes
     n_parts = next(n for n in range(min(config.accumulate, most), most + 1)
@@ -287,7 +287,7 @@ class Run:
         if config.fresh and is_first():
             self.path.unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "mome": revision()}
-        self.facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": rank_and_size()[1]}
+        self.facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": place()[1]}
 
     def __enter__(self):
         def ask_to_stop(*_):
@@ -354,7 +354,7 @@ class Run:
 
         Only the gradients of what is trained travel; with them the loss and whether a process was asked to stop."""
         self.stop, balance = self.asked, float(torch.as_tensor(balance).detach())
-        if rank_and_size()[1] == 1:
+        if place()[1] == 1:
             return loss, balance
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         told = gradients[0].new_tensor([loss, balance, self.asked])

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -919,8 +920,9 @@ def test_clips_of_one_s_own_are_not_taken_for_samples(tmp_path, talker_clips, ca
 def test_the_table_is_shown_before_metrics_json_is_written(trained, tmp_path, capsys, monkeypatch):
     def full(path, value):
         raise OSError(28, "No space left on device", str(path))
+    out = shutil.copytree(trained, tmp_path / "out")
     monkeypatch.setattr(train, "write_json", full)
-    assert train.main(["--eval-only", "--out", str(trained), "--rates", "2:2", "--tasks", "asr", "--test-clips", "2", "--snr", "clean"]) == 2
+    assert train.main(["--eval-only", "--out", str(out), "--rates", "2:2", "--tasks", "asr", "--test-clips", "2", "--snr", "clean"]) == 2
     shown = capsys.readouterr()
     assert "asr   clean" in shown.out and "No space left" in shown.err
 
