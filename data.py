@@ -26,10 +26,10 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # th
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_RATE = 10_000                                        # the most tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # "don't", Hebrew, Persian
+JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # what may join parts of a word
 WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
-HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|[\u20e3\u0640]")  # unseen marks, Arabic's long lines
-FORMS = regex.compile(r"[\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")    # joined, wide, bold letters
+HIDDEN = regex.compile(r"(?![\u200b-\u200d])\p{DI}|[\u20e3\u0640]")  # marks that normalize drops
+FORMS = regex.compile(r"[\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")    # letters joined, wide or bold
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼ`´‛′՚׳", "'"))
 
 

@@ -168,7 +168,7 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     model, saved, tokenizer = load_for_use(str(ckpt), **loading)
     began, segments, n_ids = time.perf_counter(), [], []
     source = media.probe(path)
-    longest = min(1.1 * saved.get("longest", MAX_SECONDS) + 0.5, MAX_SECONDS)    # s, little over training's
+    longest = min(1.1 * saved.get("longest", MAX_SECONDS) + 0.5, MAX_SECONDS)    # in seconds
     task = choose_task(path, source.streams, model, task, saved["tasks"])
     decoders = {TASKS[task]: decoder_at(rate, task, saved)}
     sizes = reading(model.config.audio, model.config.video)

@@ -112,8 +112,7 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    least = source.claimed - max(ADDED, MISSING * source.claimed)
-    if (source.complaints or has_known_length(source)) and not longest and not span and end / FPS < least:
+    if (source.complaints or has_known_length(source)) and not longest and not span and is_cut(source, end):
         says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; copy it again{says}")
     if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
@@ -125,6 +124,11 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
         note(f"{shown(source.path)}: several files joined? lips and sound may drift apart; ffmpeg can join them better")
     for reason in sorted(unused):
         note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
+
+
+def is_cut(source, n_frames):
+    """Whether `n_frames` are fewer than a media.Source claims, by more than a coder adds and than may be missing."""
+    return n_frames / FPS < source.claimed - max(ADDED, MISSING * source.claimed)
 
 
 def has_known_length(source):
@@ -145,7 +149,7 @@ def speech_over_time(source, selected, lips, max_frames):
         if selected.has_sound:
             raise
         level = np.zeros(0)
-    if has_known_length(source) and 0 < len(level) / FPS < source.claimed - max(ADDED, MISSING * source.claimed):
+    if has_known_length(source) and len(level) and is_cut(source, len(level)):
         note(f"{shown(source.path)}: only {len(level) / FPS:.1f} of {source.claimed:.1f} s of sound can be read")
     n_frames = max(len(level), round(source.seconds * FPS) if selected.picture_size else 0)
     missing = 0, n_frames - len(level)
@@ -224,7 +228,7 @@ def choose_task(name, streams, model, task=None, trained=tuple(TASKS)):
     uses most streams that both have, if possible one of `trained`, the model's tasks. Raises ClipError."""
     common = tuple(stream for stream in model.encoders if stream in streams)
     if task is None and common:
-        possible = [name for name, needed in TASKS.items() if set(needed) <= set(common)]
+        possible = [known for known, needed in TASKS.items() if set(needed) <= set(common)]
         task = next(filter(trained.__contains__, possible), possible[0])
         for other in set(streams) - set(TASKS[task]):
             reason = f"was trained for {' and '.join(trained)}" if other in common else f"reads {common[0]} only"

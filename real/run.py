@@ -34,7 +34,7 @@ CORES = torch.get_num_threads()          # what torch takes when nobody asks it 
 # A run may go on with other values of these flags.
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
                 "accumulate", "batch_seconds", "checkpointing", "compile"}
-PATHS = "data", "llm", "audio_encoder", "video_encoder"
+PATHS = "data", "llm", "audio_encoder", "video_encoder"       # a run may go on however these are written
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
 WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "log.csv", "samples/sample[123]_*"
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
