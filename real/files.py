@@ -9,6 +9,7 @@ import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -34,6 +35,14 @@ SPAN = "#t="    # in the name of a clip that is a part of a file: what follows i
 def is_first():
     """Whether this process writes files and prints. Under torchrun only the first of its processes does."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
+
+
+def make_folder(path, flag):
+    """Make the folder that a flag names, and try to write into it. Raises OSError, CheckpointError."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CheckpointError(f"{path}: a file, not a folder; name another {flag}")
+    os.makedirs(path, exist_ok=True)
+    TemporaryFile(dir=path).close()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
-from real.files import HALF, CheckpointError, TrainingError, digest, is_first, note, write_json, write_together
+from real.files import HALF, CheckpointError, TrainingError, digest, is_first, make_folder, note, write_json, write_together
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 # A run may go on with other values of these flags.
@@ -212,15 +212,13 @@ def own_folder(folder):
         return
     folder, lock = Path(folder), Path(folder, ".lock")
     is_new = not folder.exists()
-    if not is_new and not folder.is_dir():
-        raise CheckpointError(f"{folder}: a file, not a folder; name another --out")
+    make_folder(folder, "--out")
     for path in folder.glob("*"):
         if (path.suffix in (".json", ".safetensors", ".csv")) if path.is_dir() else path.name == "samples":
             raise CheckpointError(f"{path}: stands where training writes; move it, or name another --out")
     found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
     if found and not is_ours(folder):
         raise CheckpointError(f"{found[0]}: training would replace it, and did not write it; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""
     if owner.isdecimal() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "

@@ -27,6 +27,7 @@ from real.clips import read_clip, read_pieces
 from real.features import content
 from real.files import CheckpointError
 from real.run import own_folder
+from toy import pretrain
 from toy.talker import write_talker_clips
 from toy.tokenizer import make_tokenizer
 
@@ -430,6 +431,16 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
     assert code == 2 and "a file, not a folder" in line
     with pytest.raises(SystemExit):
         train.main(["--out", ""])
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    def never():
+        raise AssertionError("the stage was trained")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: a file, not a folder; name another --cache"):
+        pretrain.cached(tmp_path / "file", "audio", 0, never)
+    with pytest.raises(OSError):
+        pretrain.cached(Path("/proc/nowhere"), "audio", 0, never)
 
 
 def test_too_few_clips_to_hold_out(talker_clips):

@@ -28,7 +28,7 @@ from data import batch, to_device
 from encoders import VideoConfig
 from mome import Llama, LlamaConfig
 from real.checkpoint import EXPERTS
-from real.files import CheckpointError, digest, read_stored, write_whole
+from real.files import CheckpointError, digest, make_folder, read_stored, write_whole
 from real.folders import Unread, read_drawn
 from real.run import begin_worker
 from toy.talker import LEXICON, grid_sentences, talker_clips
@@ -69,8 +69,8 @@ def cached(folder, name, key, make):
     if path.is_file():
         tqdm.write(f"{name}: found in {path}")
         return read_stored(path, load_file)
+    make_folder(folder, "--cache")            # before the work
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_file(state, temporary))
     return state
 
