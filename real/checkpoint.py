@@ -20,6 +20,7 @@ from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder
 from mome import AVSR, AVSRConfig, Llama
 from real.files import CheckpointError, WeightsError, digest, refuse_pointer, to_json, write_together
 from real.run import choose_device
+from real.tokenizer import tokenizer_file
 from real.weights import fingerprint
 
 FORMAT = 4  # raise it when old checkpoints can no longer be loaded
@@ -44,9 +45,16 @@ def read_parts(paths, dtype, experts, padded):
 
 
 def identify(paths):
-    """{part: path} -> {part: its path and both fingerprints}, as config.json stores it."""
-    return {part: {"path": os.path.abspath(path), **fingerprint(path), **fingerprint(path, whole=True)}
-            for part, path in paths.items()}
+    """{part: path} -> {part: its path and what identify_part says with `whole`}, as config.json stores it."""
+    return {part: {"path": os.path.abspath(path)} | identify_part(part, path, whole=True) for part, path in paths.items()}
+
+
+def identify_part(part, path, whole):
+    """The cheap fingerprint of a real part, with `whole` also the other one, and a hash of an LLM's tokenizer."""
+    found = fingerprint(path) | (fingerprint(path, whole=True) if whole else {})
+    if part == "llm":
+        found["tokenizer"] = hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
+    return found
 
 
 def stored(model, parts):
@@ -145,9 +153,9 @@ def read_model(folder, config, paths, verify, device):
     for part, path in config["paths"].items():
         if not Path(path).exists():
             raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
-        known, found = parts[part], fingerprint(path) | (fingerprint(path, whole=True) if verify else {})
+        known, found = parts[part], identify_part(part, path, whole=verify)
         differences = ", ".join(f"{key} is {str(value)[:16]}, not {str(known[key])[:16]}"
-                                for key, value in found.items() if value != known[key])
+                                for key, value in found.items() if value != known.get(key, value))    # older ones lack some
         if differences:
             raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
     experts = {name: saved["llm"][name] for name in EXPERTS}

@@ -15,7 +15,7 @@ from encoders import AudioConfig, VideoConfig
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.features import Features
-from real.files import SPAN, CheckpointError, digest, is_first, note
+from real.files import SPAN, CheckpointError, WeightsError, digest, is_first, note
 from real.folders import folder_clips, read_all
 from real.media import is_silent, probe
 from real.mouth import parse_box
@@ -134,6 +134,9 @@ def set_up(config, tasks, device, watch):
     if "llm" in parts:
         tokenizer, (bos, eos) = load_tokenizer(config.llm), llama_ids(config.llm)
         llm, prompt, words = parts["llm"].config, tokenizer.encode(PROMPT), None
+        if max(tokenizer.written) >= llm.vocab_size:
+            raise WeightsError(f"{config.llm}: its tokenizer writes ids up to {max(tokenizer.written):,}, and its config.json "
+                               f"has a vocab_size of {llm.vocab_size:,}; take both from one model")
     clips = load_clips(config, tasks, **sizes)
     watch.lap("clips")
     if config.data:

@@ -14,6 +14,8 @@ from toy.tokenizer import make_tokenizer
 GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_WORDS = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
                 r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
+# What means something else in HF's expressions (Oniguruma) than in `regex`: a repeated count, classes in classes, ...
+ANOTHER_MEANING = r"&&|\\[wWbBhHKNXRGyYOgkx]|\{\d*,?\d*\}[+?]|(?<!\\)\[(\\.|[^\\\[\]])*\[|\(\?\w*i\w*\)"
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after the ranks
 
 
@@ -21,9 +23,10 @@ class BPE(tiktoken.Encoding):
     """A tiktoken Encoding that encodes and decodes as HF's tokenizers do.
 
     Text is cut by each of `patterns` in turn: what matches is a piece, and what lies between matches is one.
-    Before, it is cut at special tokens that are words or letters. `encode` reads other special tokens as plain
-    text. It drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes, so those get ids past the
-    vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than its tokenizer."""
+    Before, it is cut at special tokens that a text may have, see is_text. `encode` reads other special tokens as
+    plain text, and `decode` skips them. `encode` drops bytes that the vocabulary lacks. tiktoken needs all 256 bytes,
+    so those get ids past the vocabulary's end. `decode` skips ids without a token: an LLM's table may be larger than
+    its tokenizer. `written` has all ids that `encode` can give."""
 
     def __init__(self, name, patterns, ranks, special):
         """patterns: regular expressions; ranks {token bytes: id}, in the order of the merges; special {token: id}."""
@@ -31,8 +34,8 @@ class BPE(tiktoken.Encoding):
         self.added = {token: i for token, i in special.items() if is_text(token)}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")      # (?!): nothing
-        self.token_ids = {*ranks.values(), *special.values()}
-        self.size = max(self.token_ids) + 1
+        self.written = {*ranks.values(), *self.added.values()}
+        self.size = max(*self.written, *special.values()) + 1
         lacking = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {byte: self.size + i for i, byte in enumerate(lacking)}
         super().__init__(name, pat_str=r"(?s).+", special_tokens=special, mergeable_ranks=ranks | extra)
@@ -46,12 +49,12 @@ class BPE(tiktoken.Encoding):
         return [i for of_piece in ids for i in of_piece if i < self.size]
 
     def decode(self, ids):
-        return super().decode([i for i in ids if i in self.token_ids])
+        return super().decode([i for i in ids if i in self.written])
 
 
 def is_text(token):
-    """Whether a token can stand in a text as data.normalize leaves it: letters, marks, digits, apostrophes and blanks."""
-    return bool(regex.fullmatch(r"(?=.*[\p{L}\p{N}])[\p{L}\p{M}\p{N}' ]+", token))
+    """Whether a token can stand in the prompt, or in a text as data.normalize leaves it: see data.JOINED."""
+    return bool(regex.fullmatch(r"[\p{L}\p{M}\p{N}'\u05f4\u200c\u200d·. ]+", token))
 
 
 def isolated(pattern, text):
@@ -64,17 +67,16 @@ def read_tokenizer(folder):
     """The tokenizer of an HF folder -> BPE, or that of a checkpoint with a tiny Llama. Raises WeightsError.
 
     It is read from tokenizer.json, or from tokenizer.model as Llama 3 has it. Only byte-level BPE is supported."""
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return read_ranks(folder)
+    folder, path = Path(folder), tokenizer_file(folder)
+    if path.suffix == ".model":
+        return read_ranks(folder, path)
     file = read_json(path)
     if "words" in file:
         return make_tokenizer(file["words"])
     model, steps = file.get("model", {}), flat(file.get("pre_tokenizer"), "pretokenizers")
     byte_level = [step for step in steps if step["type"] == "ByteLevel"]
     others = [step["type"] for step in flat(file.get("normalizer"), "normalizers") if step["type"] != "NFC"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
+    if model.get("type", "BPE") != "BPE" or not (byte_level or "ByteLevel" in others):
         raise WeightsError(f"{path}: not a byte-level BPE tokenizer (SentencePiece, as in Llama 2, is not supported); "
                            "use a model with one, like Llama 3 or SmolLM2")
     if others:
@@ -99,26 +101,38 @@ def read_tokenizer(folder):
     if whole and not model.get("ignore_merges"):
         example = next(token for token, i in vocab.items() if i in whole)
         raise WeightsError(f"{path}: its token {example!r} is made by no merge, which is not supported")
-    if len(set(vocab.values())) < len(vocab):
+    if len({*vocab.values(), *special.values()}) < len({*vocab, *special}):
         raise WeightsError(f"{path}: two of its tokens have one id")
+    if model.get("unk_token") and not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise WeightsError(f"{path}: its vocabulary lacks bytes, and its unk_token stands for them, which is not supported")
     if merged_ids != sorted(merged_ids):
         raise WeightsError(f"{path}: its merges are not in the order of their ids, which tiktoken needs")
     return BPE(folder.name, list(filter(None, patterns)), ranks, special)
 
 
-def read_ranks(folder):
-    """Llama 3's tokenizer.model -> BPE. Each line is a token in base64 and its rank. Raises WeightsError."""
-    paths = (folder / "tokenizer.model", folder / "original" / "tokenizer.model")
+def tokenizer_file(folder):
+    """The path of an HF folder's tokenizer. Raises WeightsError."""
+    paths = [Path(folder, name) for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise WeightsError(f"{folder}: no tokenizer.json and no tokenizer.model in it")
     refuse_pointer(path)
+    return path
+
+
+def read_ranks(folder, path):
+    """Llama 3's tokenizer.model -> BPE. Each line is a token in base64 and its rank. Raises WeightsError."""
     try:
         lines = map(bytes.split, path.read_bytes().splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     except ValueError:
-        raise WeightsError(f"{path}: a SentencePiece model, as in Llama 2, which is not supported; use a model with a "
-                           "byte-level BPE tokenizer, like Llama 3 or SmolLM2") from None
+        raise WeightsError(f"{path}: damaged, or a SentencePiece model, as in Llama 2, which is not supported; use a model "
+                           "with a byte-level BPE tokenizer, like Llama 3 or SmolLM2") from None
+    config = Path(folder, "config.json")
+    bos = read_json(config).get("bos_token_id") if config.is_file() else None
+    if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))) or bos not in (None, len(ranks)):
+        raise WeightsError(f"{path}: {len(ranks):,} tokens, not those of its config.json, or not in order: damaged or cut "
+                           "off; fetch it again")
     return BPE(folder.name, [LLAMA3_WORDS], ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
 
 
@@ -140,9 +154,17 @@ def word_pattern(step, path):
         return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-        if not regex.search(r"&&|\\h", pattern):             # in HF's expressions these have another meaning
+        if not regex.search(ANOTHER_MEANING, pattern) and is_expression(pattern):
             return pattern
     raise WeightsError(f"{path}: a step of its pre_tokenizer is not supported: {step}")
+
+
+def is_expression(pattern):
+    """Whether `regex` can read an expression."""
+    try:
+        return bool(regex.compile(pattern))
+    except regex.error:
+        return False
 
 
 def bytes_of_letters():

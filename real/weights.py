@@ -19,25 +19,44 @@ from real.files import WeightsError, read_json, refuse_pointer
 
 BLOCK = 1 << 16  # bytes
 N_BLOCKS = 64    # blocks of one file that the cheap fingerprint hashes
+QUANTISED = r"\.(qweight|qzeros|scales|weight_scale\w*|weight\.absmax|SCB)$"     # names of tensors beside small integers
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+def refusing(load):
+    """A function (..., path) that loads weights or a tokenizer. Whatever goes wrong in it becomes a WeightsError."""
+    @wraps(load)
+    def careful(*args, **options):
+        try:
+            return load(*args, **options)
+        except (WeightsError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:                        # what a damaged file can cause has no end
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            paths = (value for value in (*args, *options.values()) if isinstance(value, (str, Path)))
+            raise WeightsError(f"{next(paths, 'weights')}: damaged, or of a kind that is not supported; {reason}") from error
+    return careful
+
 
 def weight_files(path):
     """The files of weights at `path`: a file itself, or what an HF folder holds (model.safetensors or its shards)."""
     path = Path(path)
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if path.is_file():
-        return [path]
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    files = [file for file in (path, single) if file.is_file()][:1]
+    if not files and index.is_file():
+        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder")
-    raise WeightsError(f"{path}: no model.safetensors and no model.safetensors.index.json in it")
+    if not files:
+        raise WeightsError(f"{path}: no model.safetensors and no model.safetensors.index.json in it; other formats must be "
+                           "converted, an adapter must be merged")
+    for file in files:
+        refuse_pointer(file)
+    return files
 
 
+@refusing
 def fingerprint(path, whole=False):
     """What identifies the weights at `path`: {"bytes": size, "sample": hash}, or with `whole` {"bytes", "whole"}.
 
@@ -60,7 +79,6 @@ def read_safetensors(folder):
     """{name: tensor} of an HF folder. The tensors are memory-mapped, so nothing is read before it is used."""
     tensors = {}
     for path in weight_files(folder):
-        refuse_pointer(path)
         try:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
@@ -68,23 +86,10 @@ def read_safetensors(folder):
     return tensors
 
 
-def refusing(load):
-    """A function (..., path) that loads weights or a tokenizer. Whatever goes wrong in it becomes a WeightsError."""
-    @wraps(load)
-    def careful(*args, **options):
-        try:
-            return load(*args, **options)
-        except (WeightsError, OSError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:                        # what a damaged file can cause has no end
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            paths = (value for value in (*args, *options.values()) if isinstance(value, (str, Path)))
-            raise WeightsError(f"{next(paths, 'weights')}: damaged, or of a kind that is not supported; {reason}") from error
-    return careful
-
-
 def read_config(folder, model_type):
     """The config.json of an HF folder as a dict. Raises WeightsError if it is not of this model type."""
+    if not Path(folder).is_dir():
+        raise WeightsError(f"{folder}: not a folder. Nothing is downloaded: name the folder of a model that you have")
     config = read_json(Path(folder, "config.json"))
     if config.get("model_type") != model_type:
         raise WeightsError(f"{folder}: model_type {config.get('model_type')!r} in config.json, expected {model_type!r}")
@@ -101,6 +106,8 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
     the regular expression `unused`. Raises WeightsError."""
     if config.n_layers > len(tensors):
         raise WeightsError(f"{path}: {config.n_layers:,} layers by its config.json, and {len(tensors):,} tensors")
+    if scales := [name for name in tensors if re.search(QUANTISED, name)]:
+        raise WeightsError(f"{path}: {scales[0]!r} is of quantised weights, which are not supported; take those in bf16")
     with torch.device("meta"):
         module = cls(config)
     weights = {}
@@ -109,10 +116,10 @@ def filled(cls, config, tensors, file_name, path, dtype, unused):
         if source not in tensors:
             raise WeightsError(f"{path}: no tensor {source!r} in it, which {name!r} needs")
         new = tensors[source]
-        if new.shape != old.shape:
-            raise WeightsError(f"{path}: {source!r} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
         if new.is_floating_point() != old.is_floating_point():
             raise WeightsError(f"{path}: {source!r} holds {new.dtype}: quantised weights are not supported; take those in bf16")
+        if new.shape != old.shape:
+            raise WeightsError(f"{path}: {source!r} has shape {tuple(new.shape)}, expected {tuple(old.shape)}")
         weights[name] = new.to(dtype) if new.is_floating_point() else new
     extra = sorted(name for name in tensors.keys() - set(map(file_name, weights)) if not re.match(unused, name))
     if extra:
@@ -158,11 +165,11 @@ def llama_config(folder):
     if c.get("hidden_act", "silu") != "silu":
         raise WeightsError(f"{folder}: hidden_act {c['hidden_act']!r} in config.json, expected 'silu'")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    context = c.get("original_max_position_embeddings") or c.get("max_position_embeddings")
-    rope = {"original_max_position_embeddings": context} | rope                              # as transformers does
+    context = "original_max_position_embeddings"
+    rope = rope | {context: c.get(context) or rope.get(context) or c.get("max_position_embeddings")}    # as transformers does
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     scaling_keys = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        "factor", "low_freq_factor", "high_freq_factor", context)}
     if rope_type not in scaling_keys:
         raise WeightsError(f"{folder}: rope type {rope_type!r} in config.json; default, linear and llama3 are known")
     return dict(
@@ -170,7 +177,7 @@ def llama_config(folder):
         n_heads=c["num_attention_heads"], n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
         head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], ffn_dim=c["intermediate_size"],
         rope_theta=rope.get("rope_theta") or c.get("rope_theta", 1e4),
-        rope_scaling=tuple(rope[key] for key in scaling_keys[rope_type]), norm_eps=c.get("rms_norm_eps", 1e-6),
+        rope_scaling=tuple(rope[key] for key in scaling_keys[rope_type]), norm_eps=float(c.get("rms_norm_eps", 1e-6)),
         attention_bias=c.get("attention_bias", False), mlp_bias=c.get("mlp_bias", False),
         tied=c.get("tie_word_embeddings", False))
 

@@ -153,6 +153,23 @@ def test_a_fine_tuned_llm_is_refused_without_reading_every_byte(parts, real, tmp
     assert code == 2 and len(err) == 1 and "not the llm part" in err[0] and "bytes" not in err[0]
 
 
+def test_another_tokenizer_and_weights_that_were_not_fetched_are_said(parts, real, tmp_path, capsys):
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    train_bpe(tmp_path / "llm", PRE_TOKENIZERS["GPT-2"])
+    code, _, (line,) = run(capsys, "--ckpt", real, "--llm", tmp_path / "llm")
+    assert code == 2 and "not the llm part" in line and "its tokenizer is" in line
+    (tmp_path / "llm/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    code, _, (line,) = run(capsys, "--ckpt", real, "--llm", tmp_path / "llm")
+    assert code == 2 and "git lfs pull" in line
+
+
+def test_a_tokenizer_with_more_ids_than_the_llm_is_refused(parts, tmp_path, capsys):
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    random_llama(tmp_path / "llm", vocab_size=300, bos_token_id=0, eos_token_id=1)
+    assert train.main([*flags(parts), "--llm", str(tmp_path / "llm"), "--out", str(tmp_path / "out")]) == 2
+    assert "its tokenizer writes ids up to" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_checkpoint_of_an_older_version_is_refused(tiny, tmp_path, capsys):
     """Formerly `up` had a row for the bias, config.json had no format and the ResNet was called trunk."""
     save_model(tiny, tmp_path, {}, words=["a"], rates=[[4, 2]], tasks=["avsr"])

@@ -16,7 +16,7 @@ import data
 import sample
 from encoders import AudioEncoder, VideoConfig, VideoEncoder, log_mel
 from mome import Llama
-from real import tokenizer, weights
+from real import setup, tokenizer, weights
 from real.files import WeightsError
 
 
@@ -32,6 +32,8 @@ VARIANTS = {
     "linear rope": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "llama3 rope": dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                           original_max_position_embeddings=64)),
+    "two contexts": dict(original_max_position_embeddings=128, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)),
     "the context at the top": dict(original_max_position_embeddings=64, rope_scaling=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0))}
 
@@ -560,3 +562,72 @@ def test_tokenizers_that_would_give_other_ids_are_refused(tmp_path, change, reas
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(WeightsError, match=reason):
         data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["'", ".", "می\u200c", "col·legi", "ארה״ב", "\u094d"])
+def test_added_tokens_of_letters_that_join_words(tmp_path, word):
+    theirs = train_bpe(tmp_path, PRE_TOKENIZERS["GPT-2"])
+    theirs.add_tokens([word])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = data.load_tokenizer(tmp_path)
+    for text in (" don't o'clock", " می\u200cخواهم", " col·legi", " ארה״ב", " हिन्दी", setup.PROMPT):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("pattern", [
+    r"\p{N}{1,3}+", r"(?i)\p{Lu}+", "[[:digit:]]", r"[\p{L}[0-9]]", r"\w+", r"\bx", r"x{2}?", r" ?[^(\s|[.,!?…])]+", "(x"])
+def test_expressions_that_mean_something_else_in_hf_are_refused(tmp_path, pattern):
+    train_bpe(tmp_path, lambda t: t.pre_tokenizers.Sequence([
+        t.pre_tokenizers.Split(t.Regex("x"), "isolated"), t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(WeightsError, match="tokenizer.json: a step of its pre_tokenizer is not supported: .*Split"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_tokenizers_without_a_type_and_special_tokens_that_are_not_written(tmp_path):
+    theirs = train_bpe(tmp_path, PRE_TOKENIZERS["GPT-2"])
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    del file["model"]["type"]
+    file["model"]["byte_fallback"] = True           # without effect: the vocabulary has all bytes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    ours, ids = data.load_tokenizer(tmp_path), theirs.encode(" мир", add_special_tokens=False).ids
+    assert ours.encode(" мир") == ids and ours.decode([0, *ids, 1]) == " мир"
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: [], lambda lines: lines[:-1], lambda lines: [*lines[:-1], lines[-1][:-2]], lambda lines: lines[1:],
+    lambda lines: [*lines, b"<html>"], lambda lines: lines[:-1] + [lines[-1].replace(b"258", b"257")]])
+def test_a_damaged_rank_file_is_refused(tmp_path, damage):
+    tokens = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the"]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+    (tmp_path / "config.json").write_text('{"bos_token_id": 259}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
+    assert data.load_tokenizer(tmp_path).encode(" the") == [258]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(damage(lines)))
+    with pytest.raises(WeightsError, match="tokenizer.model: .*damaged"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": torch.zeros(512, 1, dtype=torch.uint8)}),
+    lambda t: t.update({"model.layers.0.self_attn.q_proj.qweight": t.pop("model.layers.0.self_attn.q_proj.weight")}),
+    lambda t: t.update({"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)})])
+def test_quantised_weights_without_a_word_in_the_config_are_named(tmp_path, edit):
+    random_llama(tmp_path)
+    change(tmp_path / "model.safetensors", edit)
+    with pytest.raises(WeightsError, match="quantised weights"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_name_of_a_hub_is_no_folder():
+    with pytest.raises(WeightsError, match="meta-llama/Llama-3.2-1B: not a folder. Nothing is downloaded"):
+        Llama.from_pretrained("meta-llama/Llama-3.2-1B")
+
+
+def test_an_index_without_its_map_is_named_by_its_folder(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match="weight_map"):
+        weights.fingerprint(tmp_path)
