@@ -12,10 +12,9 @@
 
 --cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets our test sentences or talkers.
 """
-from real.script import run_script  # before torch: Ctrl-C then ends quietly at any time
+from real.script import in_one_line, run_script  # before torch: Ctrl-C then ends quietly at any time
 import math
 import random
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -250,15 +249,11 @@ def train_and_test(config):
         "seconds": watch, "config": asdict(config)})
 
 
+@in_one_line("train.py", *ERRORS, ClipError)
 def main(argv=None):
     config = parse_options(TrainConfig, argv, __doc__, "train.py [--rates 2,4,8] ...", PRESETS, check_config)
-    try:
-        with threads(0.5), processes(config.device):        # two things run side by side in every stage
-            train_and_test(config)
-    except (*ERRORS, ClipError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with threads(0.5), processes(config.device):            # two things run side by side in every stage
+        train_and_test(config)
 
 
 if __name__ == "__main__":

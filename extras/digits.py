@@ -12,6 +12,7 @@ import soundfile
 from tqdm import tqdm
 
 from data import ClipError
+from real.script import in_one_line
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 RATE = 8000  # Hz
@@ -51,6 +52,7 @@ def read_recording(path):
     return wave
 
 
+@in_one_line("digits.py", ClipError, OSError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recordings", type=Path, help="the dataset's folder of {digit}_{talker}_{take}.wav")
@@ -60,12 +62,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
-    try:
-        cut_digit_strings(args.recordings, args.out, args.talkers.split(","), args.seed)
-    except (ClipError, OSError) as error:
-        print(f"digits.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    cut_digit_strings(args.recordings, args.out, args.talkers.split(","), args.seed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Clips are padded to 30 s, as Whisper was trained. Whisper writes numbers as digi
 transcript spells them.
 """
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from data import ClipError, normalize
 from extras.experiments import COLUMNS, RESULTS, append
 from real.folders import entries, read_entries
-from real.script import run_script
+from real.script import in_one_line, run_script
 
 BATCH = 8       # clips that are decoded together
 
@@ -37,6 +36,7 @@ def transcribe_all(folder, clips):
         yield from (tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in ids)
 
 
+@in_one_line("own_decoder.py", ClipError, OSError, ImportError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("whisper", help="folder of a Whisper in HF's layout, with its decoder")
@@ -44,15 +44,11 @@ def main(argv=None):
     parser.add_argument("--results", metavar="NAME", help="add a row with this name of the data to extras/results.csv")
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    try:
-        listed = [entry for entry in entries(args.data)[1] if entry.split == "test"]
-        clips = [clip for _, clip in read_entries(listed, {"streams": ("audio",)}) if not isinstance(clip, ClipError)]
-        if not clips:
-            raise ClipError(f"{args.data}: none of its {len(listed)} test clips can be read")
-        texts = [normalize(text) for text in transcribe_all(args.whisper, clips)]
-    except (ClipError, OSError, ImportError) as error:
-        print(f"own_decoder.py: {error}", file=sys.stderr)
-        return 2
+    listed = [entry for entry in entries(args.data)[1] if entry.split == "test"]
+    clips = [clip for _, clip in read_entries(listed, {"streams": ("audio",)}) if not isinstance(clip, ClipError)]
+    if not clips:
+        raise ClipError(f"{args.data}: none of its {len(listed)} test clips can be read")
+    texts = [normalize(text) for text in transcribe_all(args.whisper, clips)]
     references = [clip.text for clip in clips]
     wer, n_words = jiwer.wer(references, texts), len(" ".join(references).split())
     print(f"{100 * wer:.1f} % WER of {n_words} words in {len(clips)} of {len(listed)} clips")
@@ -61,7 +57,6 @@ def main(argv=None):
         append([dict.fromkeys(COLUMNS, "") | {
             "method": Path(args.whisper).name, "data": args.results, "rates": "1", "task": "asr", "snr_db": "clean",
             "seed": "0", "wer": f"{wer:.5f}", "words": n_words, "seconds": seconds, "split": "test"}], RESULTS)
-    return 0
 
 
 if __name__ == "__main__":

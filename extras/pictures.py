@@ -7,7 +7,6 @@
     python -m extras.pictures similarity out --save docs/similarity.png                    see extras/routing.py
 """
 import argparse
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from extras.routing import agreement_picture, agreements, prefix_choices, simila
 from real.checkpoint import load_for_use, reading
 from real.clips import choose_task, read_clip
 from real.files import read_json, write_whole
-from real.script import run_script
-from real.media import SUFFIXES
+from real.options import sample_clips
+from real.script import in_one_line, run_script
 from toy.talker import talker_clip
 
 STYLES = {"mome": ("MoME", "tab:blue"), "lora": ("LoRA", "tab:orange"), "projectors": ("projectors only", "tab:green"),
@@ -33,10 +32,7 @@ def read(folder, paths=None):
     """A checkpoint and clips, by default its samples -> model, config, clips, task."""
     model, config, _ = load_for_use(folder)
     options = reading(model.config.audio, model.config.video)
-    paths = paths or [path for path in sorted(Path(folder, "samples").glob("*")) if path.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise FileNotFoundError(f"{folder}/samples: no clips there")
-    clips = [read_clip(path, streams=tuple(model.encoders), **options) for path in paths]
+    clips = [read_clip(path, streams=tuple(model.encoders), **options) for path in paths or sample_clips(folder)]
     return model, config, clips, choose_task(clips[0].name, clips[0].streams, model)
 
 
@@ -168,6 +164,7 @@ def routing_picture(figure, folder):
         print(f"mean correlation of the activation between {names}: {np.mean(values or np.nan):.2f}")
 
 
+@in_one_line("pictures.py", ImportError, ValueError, OSError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     draw = {"clip": clip_picture, "tokens": tokens_picture, "routing": routing_picture, "agreement": draw_agreement,
@@ -181,15 +178,12 @@ def main(argv=None):
         parser.error(f"{args.picture} is of one folder")
     try:
         from matplotlib.figure import Figure
-        figure = Figure(layout="constrained")
-        draw[args.picture](figure, *args.folders, **{"path": args.clip} if args.picture == "clip" else {})
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.save, lambda path: figure.savefig(path, dpi=130, format="png"))
-    except (ImportError, ValueError, OSError) as error:
-        missing = "matplotlib is not installed: pip install -r extras/requirements.txt"
-        print(f"pictures.py: {missing if isinstance(error, ImportError) else error}", file=sys.stderr)
-        return 2
-    return 0
+    except ImportError:
+        raise ImportError("matplotlib is not installed: pip install -r extras/requirements.txt") from None
+    figure = Figure(layout="constrained")
+    draw[args.picture](figure, *args.folders, **{"path": args.clip} if args.picture == "clip" else {})
+    args.save.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.save, lambda path: figure.savefig(path, dpi=130, format="png"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Checkpoints: what was trained, and which real weights it was trained with.
 
 A folder holds model.safetensors (the trained tensors and the stand-ins) and config.json (the model's config, real
-parts, method, rates, tasks). If the LLM is a stand-in, it also holds tokenizer.json. Real parts are frozen and large. So
-a checkpoint stores only their paths and fingerprints.
+parts, method, rates, tasks). If the LLM is a stand-in, it also holds tokenizer.json. Real parts are frozen and large.
+So a checkpoint stores only their paths and fingerprints.
 """
 import hashlib
 import json

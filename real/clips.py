@@ -18,12 +18,13 @@ from real import media
 from real.files import SPAN, note, shown, write_whole
 from real.media import MIN_FRAMES, clip_error
 from real.mouth import HINT, is_mouth, mouths
+from real.script import in_one_line
 
 MISSING = 0.05         # share of a damaged training clip that may be missing
 UNHEARD = 2 * FPS      # frames: where the sound is silent or over for so long, the lips show where speech is
 ADDED = 0.2            # seconds that a coder may add to a clip
 SILENT_POWER = 10 ** (media.SILENCE / 10)
-AWAY = "face is away for over a second"
+AWAY, SILENT, STILL = "face is away for over a second", "sound is silent", "pictures do not move"
 
 
 def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", "video"), box=None, cache=None,
@@ -43,11 +44,10 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     name = f"{source.path}{SPAN}{span[0]:g},{span[1]:g}" if span else str(source.path)
     end = n_pieces = 0  # end of the last piece, in frames
     unused = set()      # why a stream that is there is not used
-    is_close = box != "all" or not selected.picture_size or is_mouth(selected)     # in a whole picture lips are too small
+    is_close = box != "all" or not selected.picture_size or is_mouth(selected)   # in a whole picture lips are too small
     hole = 0            # frames that lack everything, one after another
     if spans == []:
-        unused |= {"sound is silent"} if source.has_sound else set()
-        unused |= {"pictures do not move"} if selected.picture_size else set()
+        unused = {text for text, is_there in ((SILENT, source.has_sound), (STILL, selected.picture_size)) if is_there}
     with (closing(media.wave_frames(selected)) if selected.has_sound else nullcontext() as sound,
           lips() if selected.picture_size else nullcontext() as pictures):
         for start, wave, frames in media.cut_pieces(sound, pictures, spans):
@@ -61,12 +61,12 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
             if end - start < MIN_FRAMES:
                 continue
             if wave is not None and (np.square(wave.reshape(-1, SAMPLES_PER_FRAME)).mean(1) <= SILENT_POWER).all():
-                wave, unused = None, unused | {"sound is silent"}
+                wave, unused = None, unused | {SILENT}
             if frames is not None and (wave is None or voice_alone) and is_close and media.is_still(frames):
-                frames, unused = None, unused | {"pictures do not move"}
+                frames, unused = None, unused | {STILL}
             if wave is None and frames is None:
                 continue
-            if wave is not None and abs(wave.mean()) > 0.1 * wave.std():    # an offset, beside which a quiet voice is lost
+            if wave is not None and abs(wave.mean()) > 0.1 * wave.std():    # an offset: it would hide a quiet voice
                 wave = wave - wave.mean()
             n_pieces += 1
             yield start / FPS, at_level(with_log_power(Clip(name, text, wave, frames), n_mels), levels)
@@ -112,14 +112,13 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if not n_pieces:
         reasons = " and ".join(f"its {reason}" for reason in sorted(unused, reverse=True))
         raise clip_error(source.path, reasons or "no picture in it can be read")
-    if (source.complaints or has_known_length(source)) and not longest and not span and is_cut(source, end):
-        says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
+    says = f"; ffmpeg says: {source.complaints[0]}" if source.complaints else ""
+    if (says or has_known_length(source)) and not longest and not span and is_cut(source, end):
         raise clip_error(source.path, f"damaged: {end / FPS:.1f} of {source.claimed:.1f} s can be read; copy it again{says}")
-    if source.complaints and not longest and hole > max(MISSING * end, FPS // 2):
-        raise clip_error(source.path, f"damaged: {hole / FPS:.1f} s in its middle cannot be read; "
-                                      f"ffmpeg says: {source.complaints[0]}")
-    if source.complaints:
-        note(f"{shown(source.path)}: read, but damaged; ffmpeg says: {source.complaints[0]}")
+    if says and not longest and hole > max(MISSING * end, FPS // 2):
+        raise clip_error(source.path, f"damaged: {hole / FPS:.1f} s in its middle cannot be read{says}")
+    if says:
+        note(f"{shown(source.path)}: read, but damaged{says}")
     if longest and not span and 0 < 1.5 * source.claimed * FPS < end - FPS and len(source.streams) > 1:
         note(f"{shown(source.path)}: several files joined? lips and sound may drift apart; ffmpeg can join them better")
     for reason in sorted(unused):
@@ -244,7 +243,7 @@ def choose_task(name, streams, model, task=None, trained=tuple(TASKS)):
 
 def write_clip(clip, path):
     """Write a clip as mp4 with its transcript beside it as txt, each whole or not at all."""
-    write_whole(Path(path).with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n"))
+    write_whole(Path(path).with_suffix(".txt"), lambda temporary: temporary.write_text(clip.text + "\n", "utf-8"))
     media.write_mp4(path, clip.frames, clip.wave)
 
 
@@ -270,19 +269,13 @@ def parse_args(argv):
     return args
 
 
+@in_one_line("data.py", ClipError, OSError)
 def main(argv=None):
     """Run the command line of data.py. Returns the exit code."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     from real.folders import check  # imported here because these two files
     from toy.talker import write_talker_clips  # are built on this one
-    try:
-        if args.command == "check":
-            return check(args.folder, args.faces)
-        for path in write_talker_clips(Path(args.out), args.count, args.part, args.seed):
-            print(path)
-    except BrokenPipeError:                     # run_script ends quietly
-        raise
-    except (ClipError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.command == "check":
+        return check(args.folder, args.faces)
+    for path in write_talker_clips(Path(args.out), args.count, args.part, args.seed):
+        print(path)

@@ -104,8 +104,8 @@ class Features:
                 size = max(1, int(BATCH_SECONDS / jobs[-1][0].duration))
                 batches.append(jobs[-size:])
                 del jobs[-size:]
-        n_workers = 2 if self.model.device.type == "cpu" else min(8, os.cpu_count())     # to distort sound takes longest there
-        with ThreadPoolExecutor(n_workers) as workers, tqdm(total=sum(map(len, batches)), desc="encoding clips") as progress:
+        n_workers = 2 if self.model.device.type == "cpu" else min(8, os.cpu_count())   # distorting takes longest there
+        with ThreadPoolExecutor(n_workers) as workers, tqdm(None, "encoding clips", sum(map(len, batches))) as progress:
             for n_clips in workers.map(self.encode, batches):
                 progress.update(n_clips)
 

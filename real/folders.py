@@ -32,7 +32,7 @@ MAX_TEST = 1000      # test clips, about, where the split is ours
 
 
 def entries(folder):
-    """A folder -> (name of its layout, [layouts.Entry], words that count the files that are not used). Raises ClipError.
+    """A folder -> (name of its layout, [layouts.Entry], words that count the unused files). Raises ClipError.
 
     An entry's split is train, valid or test."""
     folder = Path(folder)
@@ -56,7 +56,8 @@ def entries(folder):
             listed = [replace(entry, split="test" if entry.split == "valid" else entry.split) for entry in listed]
         return layout, listed, words
     one_talker = len({entry.talker for entry in listed}) == 1
-    groups = [entry.path.stem if one_talker else unicodedata.normalize("NFC", entry.talker).casefold() for entry in listed]
+    groups = [entry.path.stem if one_talker else unicodedata.normalize("NFC", entry.talker).casefold()
+              for entry in listed]
     sizes = Counter(groups)
     shuffled = sorted(sizes, key=lambda group: (
         2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # the largest last

@@ -19,18 +19,19 @@ from real.media import SOUND_SUFFIXES, SUFFIXES, clip_error
 
 SYNONYMS = {"train": "train training trainval pretrain", "test": "test testing eval evaluation",
             "valid": "valid validation validate val dev development"}
-SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split() for end in ("", "set", "data", "list")}
+SPLITS = {name + end: split for split, names in SYNONYMS.items() for name in names.split()
+          for end in ("", "set", "data", "list")}
 TALKERS = "talker", "speaker", "speaker_id", "client_id", "spk", "spk_id"     # the names of a column of talkers
 # These words of a folder's name tell the kind of its files, like audio_25k. They name neither a talker nor a split.
-KIND = re.compile(r"(?<![a-z\d])(mpg_\d{4}|(audio|video|sound|clip|text|txt|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|webm)s?|"
-                  r"\d+k(hz)?)(?![a-z\d])", re.I)
+KIND = re.compile(r"(?<![a-z\d])(mpg_\d{4}|(audio|video|sound|clip|text|txt|wav|flac|mp3|ogg|mp4|mpg|avi|mov|mkv|"
+                  r"webm)s?|\d+k(hz)?)(?![a-z\d])", re.I)
 MEDIA = "|".join(map(re.escape, sorted(SUFFIXES)))
 NEXT_CLIP = re.compile(rf"\n.*({MEDIA})\b", re.I)    # a later line of a cell names a file of media
 # A text is damaged if it has zeros of UTF-16, control characters, U+FFFD, or UTF-8 that was read as Windows text.
 DAMAGE = re.compile("[\0-\x08\x0e-\x19\x1b-\x1f\x7f-\x84\x86-\x9f\ufffd]|Ã[\xa1-\xbf]|â€")
 ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spreadsheet shows for a text like =yes
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
-LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # one of these files shows the folder of a table layout
+LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # one of these shows the folder of a table layout
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
 TAG = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^][]*\]|\+\+\S*\+\+")    # [MUSIC] and the like are no words
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of about this length
@@ -50,7 +51,7 @@ class Entry:
 
 
 def recognise(folder):
-    """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the files that are not used, without TEXTS)."""
+    """A folder -> (the name of its layout, [Entry], a Counter of suffixes of the unused files, without TEXTS)."""
     names = list(files_below(folder))
     name, listed = by_tables(folder)
     if not listed:
@@ -173,12 +174,12 @@ def without_empty_end(cells):
 
 def manifest(folder):
     """The Entries of manifest.csv or manifest.tsv in the folder, None if there is none. Raises ClipError."""
-    path, *more = *(folder / name for name in sorted(os.listdir(folder)) if name.lower() in MANIFESTS), None
-    if path is None:
+    tables = [folder / name for name in sorted(os.listdir(folder)) if name.lower() in MANIFESTS]
+    if not tables:
         return None
-    if more[:-1]:
-        raise clip_error(folder, f"two tables, {path.name} and {more[0].name}; keep one")
-    listed, seen = [], {}
+    if len(tables) > 1:
+        raise clip_error(folder, f"two tables, {tables[0].name} and {tables[1].name}; keep one")
+    path, listed, seen = tables[0], [], {}
     for line, row in read_table(path, "path", "text"):
         if not listed and (unused := row.keys() - {"", "path", "text", "split", *TALKERS}):
             note(f"{shown(path)}: columns that are not used: {', '.join(sorted(unused))}")
@@ -243,7 +244,7 @@ def sphinx(files):
     """The Entries of Sphinx lists, as AN4 has them; [] for another layout."""
     clips = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
     listed = []
-    for path in (path for path in files if path.suffix == ".fileids"):      # the last fitting word of its name is the split
+    for path in (path for path in files if path.suffix == ".fileids"):      # the last fitting word in its name counts
         texts, source = {}, path.with_suffix(".transcription")
         for line in read_text(source).splitlines():
             if found := re.fullmatch(r"(.*)\((\S+)\)\s*", line):
@@ -262,44 +263,51 @@ def sphinx(files):
 
 def side_by_side(folder, files):
     """Entries of media files with a transcript, or with none, in which case reading them says so."""
-    lists, list_in, aligns, listed = {}, {}, defaultdict(list), []
-    for path in files:
-        if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
-            list_in[path.parent] = path
-            for name, *words in filter(None, map(str.split, read_text(path).splitlines())):
-                lists[path.parent / name] = " ".join(words)
-        elif path.suffix.lower() == ".align":
-            aligns[path.stem].append((folders(path, folder), path))
     key = {path: clip_key(path, folder) for path in files}
-    of_pictures = {key[path] for path in files if path.suffix.lower() in SUFFIXES - SOUND_SUFFIXES}
-    sounds = {path: key[path] in of_pictures for path in files if path.suffix.lower() in SOUND_SUFFIXES}
-    sound_of = {key[path]: path for path, has_pictures in sounds.items() if has_pictures}
-    keys, texts = {key[path] for path in files if path.suffix.lower() in SUFFIXES}, {}
+    media = [path for path in files if path.suffix.lower() in SUFFIXES]
+    with_pictures = {key[path] for path in media if path.suffix.lower() not in SOUND_SUFFIXES}
+    sounds = [path for path in media if path.suffix.lower() in SOUND_SUFFIXES and key[path] in with_pictures]
+    sound_of = {key[path]: path for path in sounds}
+    others = sorted(set(media) - set(sounds), reverse=True)                    # a.wav and a.flac are one clip
+    clips = sorted({path.with_name(key[path][-1]): path for path in others}.values())
+    texts, keys = {}, set(map(key.get, media))
     written = [path for path in files if path.suffix.lower() == ".txt" and not path.name.endswith(".trans.txt")]
     for path in reversed(written):
         other = texts.setdefault(key[path], path)
         if other != path and key[path] in keys and read_text(other).split() != read_text(path).split():
             raise clip_error(path, f"another text than in {shown(other)}; if this is one clip delete a text, else rename it")
-    clips = sorted({path.with_name(key[path][-1]): path for path in reversed(files)    # a.wav and a.flac are one clip
-                    if path.suffix.lower() in SUFFIXES and not sounds.get(path)}.values())
-    everybody = set().union(*(folders(path, folder) for path in clips))
+    lines, list_in, aligns = {}, {}, defaultdict(list)
+    for path in files:
+        if path.name.endswith(".trans.txt"):   # LibriSpeech: each line is the name of a clip and its text
+            list_in[path.parent] = path
+            for name, *words in filter(None, map(str.split, read_text(path).splitlines())):
+                lines[path.parent / name] = " ".join(words)
+        elif path.suffix.lower() == ".align":
+            aligns[path.stem].append((folders(path, folder), path))
+    everybody, listed = set().union(*(folders(path, folder) for path in clips)), []
     parents = [without_kinds(path.relative_to(folder).parts[:-1]) for path in clips]
     for path, (split, talker) in zip(clips, splits_and_talkers(parents)):
-        text = lists.get(path.with_suffix(""))
         source = texts.get(key[path]) or list_in.get(path.parent)
-        if source is None and path.stem in aligns:    # it has most folders in common with the clip, and none of another clip
-            own = folders(path, folder)
-            alike = [(len(names & own), align) for names, align in aligns[path.stem] if not names & everybody - own]
-            most = max((n for n, _ in alike), default=0)
-            best = [align for n, align in alike if n == most]
-            source = best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
+        if source is None and path.stem in aligns:
+            source = closest(folders(path, folder), aligns[path.stem], everybody)
+        text = lines.get(path.with_suffix(""))
         listed += cut(Entry(path, talker, split, text=text, source=source, sound=sound_of.get(key[path])))
-    if lost := sorted(lists.keys() - {path.with_suffix("") for path in clips}):
+    if lost := sorted(lines.keys() - {path.with_suffix("") for path in clips}):
         note(f"{shown(folder)}: {len(lost)} lines in .trans.txt have no sound, like {shown(lost[0].name)}")
     places = {entry.source and entry.source.parent for entry in listed}
     if alone := [path for path in written if path.parent in places and key[path] not in keys]:
         note(f"{shown(folder)}: {len(alone)} .txt belong to no clip, like {shown(alone[0].name)}")
     return listed
+
+
+def closest(own, aligns, everybody):
+    """The .align that has most folders in common with a clip, and none of another clip; None if two of them differ.
+
+    own: the clip's folders. aligns: [(folders, path)] with the clip's name. everybody: the folders of all clips."""
+    alike = [(len(names & own), path) for names, path in aligns if not names & everybody - own]
+    most = max((n for n, _ in alike), default=0)
+    best = [path for n, path in alike if n == most]
+    return best[0] if len(best) == 1 or len(set(map(read_text, best))) == 1 else None
 
 
 def folders(path, folder):
@@ -311,7 +319,8 @@ def clip_key(path, folder):
     """What a video, its sound and its text have in common: the folders without words for kinds of files, and the name.
 
     a.mp4.wav and a.mp4.txt have the name of a.mp4."""
-    return *filter(None, map(without_kind, path.relative_to(folder).parts[:-1])), re.sub(rf"({MEDIA})+$", "", path.stem, flags=re.I)
+    names = filter(None, map(without_kind, path.relative_to(folder).parts[:-1]))
+    return *names, re.sub(rf"({MEDIA})+$", "", path.stem, flags=re.I)
 
 
 def without_kind(name):
@@ -327,8 +336,8 @@ def without_kinds(names):
 def splits_and_talkers(parents):
     """Yield (split, talker) of each clip. parents: for each clip the names of its folders, the highest first.
 
-    The first folder that names a split counts, below the folders that all clips share, or else among them. The talker is
-    the folder below that of the split, or above if there is none. Without a split it is the highest folders that differ."""
+    The first folder that names a split counts, below the folders that all clips share, or else among them. The talker
+    is the folder below that of the split, or above if there is none. Without a split: the highest that differ."""
     n_shared = len(os.path.commonprefix(parents))
     depth = n_shared + 1 if len(set(parents)) > 1 else 0
     first = n_shared if any(map(named_split, (name for names in parents for name in names[n_shared:]))) else 0

@@ -38,9 +38,9 @@ HISS = 30                # dB: a track quieter by more than another is an open i
 NEAR = 3 * FPS           # frames: in loud noise all so near to a frame with speech is read (not in the paper)
 
 
-def first_words(stderr):
-    """The first line of ffmpeg's error output, without the "[decoder @ address]" in front of it."""
-    lines = [re.sub(r"^(\[.*?\] )*", "", line).strip() for line in stderr.decode(errors="replace").splitlines()]
+def first_words(text):
+    """The first line of what ffmpeg prints, without the "[decoder @ address]" in front of it."""
+    lines = [re.sub(r"^(\[.*?\] )*", "", line).strip() for line in text.splitlines()]
     return next((line for line in lines if line and "misdetection possible" not in line), "")
 
 
@@ -88,28 +88,21 @@ def probe(path):
         raise clip_error(path, "not readable as media: an empty file")
     if is_pointer(path):
         raise clip_error(path, "a Git LFS pointer, not the clip; fetch it with: git lfs pull")
-    done = ask_ffmpeg(path)
-    text = done.stderr.decode(errors="replace")
+    text, code = ask_ffmpeg(path)
     if "Input #0" not in text:
-        complaint = first_words(done.stderr) or f"nothing ({done.returncode})"
+        complaint = first_words(text) or f"nothing ({code})"
         raise clip_error(path, f"not readable as media; ffmpeg says: {complaint}")
     streams = [line for line in re.findall(r"^ *Stream #0:\d.*$", text, re.M) if "(attached pic)" not in line]
     sounds, videos = ([line for line in streams if f": {kind}: " in line] for kind in ("Audio", "Video"))
     if not sounds and not videos:
         raise clip_error(path, "neither sound nor pictures in it")
     shows, size = default_first(videos)[:1], None
-    if shows and not (size := re.search(r" (\d+)x(\d+)[ ,]", videos[shows[0]])):
+    if shows and not (size := size_shown(videos[shows[0]], text)):
         raise clip_error(path, "pictures of unknown size in it; is it damaged?")
     if len(videos) > 1:
         note(f"{shown(path)}: {len(videos)} picture tracks; read is number {shows[0] + 1}")
     if sounds and not all(1000 < int(rate) < 1_000_000 for rate in re.findall(r": Audio: .* (\d+) Hz", text)):
         raise clip_error(path, "sound of an impossible sampling rate in it; is it damaged?")
-    size = size and tuple(map(int, size.groups()))
-    aspect = re.findall(r"[ \[]SAR (\d+):(\d+)", videos[shows[0]]) if size else []
-    wide, high = map(int, aspect[-1]) if aspect else (1, 1)     # of a pixel; the container's comes last, and holds
-    if size and re.search(r"^ *display ?matrix: rotation of -?90", text, re.M | re.I):
-        size, wide, high = size[::-1], high, wide
-    size = size and (round(size[0] * wide / high), size[1])     # as the filters do: turned, and then made wider
     note_if_joined(path, text, streams)
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
@@ -120,6 +113,19 @@ def probe(path):
         seconds = packed_seconds(path) or seconds
     source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
     return choose_sound(source, sounds)
+
+
+def size_shown(track, text):
+    """The width and height of a picture track as shown; None: unknown. track: the line about it in ffmpeg's `text`."""
+    if not (size := re.search(r" (\d+)x(\d+)[ ,]", track)):
+        return None
+    width, height = map(int, size.groups())
+    aspect = re.findall(r"[ \[]SAR (\d+):(\d+)", track)
+    wide, high = map(int, aspect[-1]) if aspect else (1, 1)     # of a pixel; the container's comes last, and holds
+    own = re.split(r"^ *Stream #", text.partition(track)[2], maxsplit=1, flags=re.M)[0]       # not of another track
+    if re.search(r"^ *display ?matrix: rotation of -?90", own, re.M | re.I):
+        width, height, wide, high = height, width, high, wide
+    return round(width * wide / high), height                   # as the filters do: turned, and then made wider
 
 
 def note_if_joined(path, text, streams):
@@ -135,16 +141,17 @@ def note_if_joined(path, text, streams):
         total = re.search(r"^  Duration: (\d+):(\d+):([\d.]+).*bitrate: (\d+)", text, re.M)
         return total and (int(total[4]) - 1.5 * sum(map(int, rates)) - 16) * seconds_of(total) > 32
 
-    if is_larger(text) and has_index[1] == "mov":       # what an edit list hides, as in a trimmed file, is no other file
-        text = ask_ffmpeg(path, "-ignore_editlist", "1").stderr.decode(errors="replace")
+    if is_larger(text) and has_index[1] == "mov":     # what an edit list hides, as in a trimmed file, is no other file
+        text, _ = ask_ffmpeg(path, reading=("-ignore_editlist", "1"))
     if is_larger(text):
         note(f"{shown(path)}: a large part of it is not read; is it several files joined? ffmpeg can join them")
 
 
-def ask_ffmpeg(path, *options):
-    """ffmpeg's answer about a file, as a finished process."""
-    command = [ffmpeg(), "-hide_banner", *options, "-i", f"file:{path}"]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+def ask_ffmpeg(path, *writing, reading=()):
+    """What ffmpeg prints about a file, and its exit code. `reading` and `writing`: options of its input and output."""
+    command = [ffmpeg(), "-hide_banner", "-nostdin", *reading, "-i", f"file:{path}", *writing]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    return done.stderr.decode(errors="replace"), done.returncode
 
 
 def default_first(tracks):
@@ -161,17 +168,15 @@ def packed_seconds(path):
     """The duration of the sound and pictures of a file, without decoding them; 0 if ffmpeg cannot tell.
 
     A header may have no duration, or that of its subtitles, or the last time stamp although the first is not 0."""
-    streams = "-map 0:V? -map 0:a? -c copy -f null -".split()
-    command = [ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{path}", *streams]
-    stderr = subprocess.run(command, capture_output=True).stderr.decode(errors="replace")
-    return max(map(seconds_of, re.finditer(r" time=(\d+):(\d+):([\d.]+)", stderr)), default=0.)
+    text, _ = ask_ffmpeg(path, *"-map 0:V? -map 0:a? -c copy -f null -".split())
+    return max(map(seconds_of, re.finditer(r" time=(\d+):(\d+):([\d.]+)", text)), default=0.)
 
 
 def choose_sound(source, tracks):
     """The source with the sound track and the channels that are read; `tracks` are ffmpeg's lines about its tracks.
 
-    Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual. More are
-    added up, as loud as the loudest of them: each may be a microphone. If that cancels them, the loudest is read."""
+    Of several tracks it is the one marked as default, or the first with sound. Two channels are mixed as usual. More
+    are added up, as loud as the loudest: each may be a microphone. If that cancels them, the loudest is read."""
     order = default_first(tracks)
     if not order or len(order) == 1 and re.search(r"Hz, (mono|1 channels)", tracks[0]):
         return source
@@ -196,11 +201,10 @@ def channel_levels(source, track):
 
     Loudness is in dB below full scale."""
     stats = f"{NO_HUM},astats=measure_perchannel=RMS_level:measure_overall=none"
-    command = [ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{source.path}", "-map", f"0:a:{track}"]
 
     def levels(filters):
-        stderr = subprocess.run([*command, "-af", filters, "-f", "null", "-"], capture_output=True).stderr
-        found = re.findall(rb"RMS level dB: (-?[\d.]+|-inf|nan)", stderr)
+        text, _ = ask_ffmpeg(source.path, "-map", f"0:a:{track}", "-af", filters, "-f", "null", "-")
+        found = re.findall(r"RMS level dB: (-?[\d.]+|-inf|nan)", text)
         return [max(-200., float(level)) for level in found]     # -200 also for -inf and nan
 
     channels, mix = levels(stats), source.mix
@@ -226,7 +230,7 @@ def select_streams(source, streams):
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 def decode(source, n_bytes, stream, filters, *output):
-    """Run ffmpeg on a stream (like "a:0" or "V:0") and yield its output: `n_bytes` for each 1/25 s, maybe fewer at the end.
+    """Run ffmpeg on a stream (like "a:0" or "V:0") and yield its output: `n_bytes` for each 1/25 s, fewer at the end.
 
     Raises ClipError if ffmpeg fails, or if the stream lasts longer than a file of this size can."""
     limits = ["-threads", "1", "-max_pixels", str(MAX_PIXELS), "-timelimit", str(30 + round(source.max_seconds / 40)),
@@ -254,7 +258,7 @@ def decode(source, n_bytes, stream, filters, *output):
         finally:
             process.kill()
         stderr.seek(0)
-        complaint = first_words(stderr.read())
+        complaint = first_words(stderr.read().decode(errors="replace"))
     if code:
         raise clip_error(source.path, f"not readable as media; ffmpeg says: {complaint or f'nothing ({code})'}")
     if complaint:
@@ -339,16 +343,16 @@ def motion(frames):
 def active_frames(level, silence, quiet, rise, clear=0):
     """Loudness or motion (T,) in dB -> (T,) bool: the frames in which somebody speaks.
 
-    A frame is active if it is `rise` above the floor. The floor is the level of the quietest tenth of `quiet`, or of the
-    frame's own minute if that is lower. So a quiet voice counts beside a loud one, and after music. What varies by less
-    than `rise` within a second is a noise that began later. If nothing else is left, all that is not silence is active.
-    If less than a tenth of the active frames is `clear` above the floor, noise hides parts of the speech. Then all frames
-    within NEAR of an active one count that are not silence."""
+    A frame is active if it is `rise` above the floor. The floor is the level of the quietest tenth of `quiet`, or of
+    the frame's own minute if that is lower. So a quiet voice counts beside a loud one, and after music. What varies by
+    less than `rise` within a second is a noise that began later. If nothing else is left, all that is not silence is
+    active. If less than a tenth of the active frames is `clear` above the floor, noise hides parts of the speech. Then
+    all frames within NEAR of an active one count that are not silence."""
     if not (level > silence).any():
         return np.zeros(len(level), bool)
     floor, minutes = np.percentile(quiet, 10), np.array_split(level, math.ceil(len(level) / (60 * FPS)))
-    threshold = rise + np.concatenate([np.full(len(minute), np.percentile(np.append(minute[minute > silence], floor), 10))
-                                       for minute in minutes]).clip(max=floor)
+    floors = [np.percentile(np.append(minute[minute > silence], floor), 10) for minute in minutes]
+    threshold = rise + np.repeat(floors, [len(minute) for minute in minutes]).clip(max=floor)
     seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
     steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
     active = (level > threshold) & ~steady
@@ -390,8 +394,8 @@ def speech_spans(active, level, longest, borders=()):
 def is_still(frames):
     """Whether pictures (T, H, W) uint8 show one and the same: black, frozen or single ones, or a coded portrait.
 
-    Key frames change a portrait by up to 2 of 255 now and then, which is over five times its usual change. The mean change
-    over each second is under 0.5, and 99 % of the pixels stay within 25. Lips in strongly compressed film go further."""
+    Key frames change a portrait by up to 2 of 255 now and then, which is over five times its usual change. The mean
+    change over each second is under 0.5, and 99 % of the pixels stay within 25. Lips in compressed film go further."""
     changes = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2))
     if not len(changes):
         return True
@@ -416,5 +420,5 @@ def write_mp4(path, frames, wave):
         command = [ffmpeg(), "-v", "error", *sound, f"file:{scratch}/sound", *raw, *coded, f"file:{scratch}/clip.mp4"]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
-            raise clip_error(path, f"not written; ffmpeg says: {first_words(done.stderr)}")
+            raise clip_error(path, f"not written; ffmpeg says: {first_words(done.stderr.decode(errors='replace'))}")
         Path(scratch, "clip.mp4").replace(path)

@@ -20,8 +20,9 @@ def flag(default, text, **more):
 def parse_options(kind, argv, description, usage, presets, check):
     """The command line `argv` as a `kind` (a dataclass of `flag` fields). A wrong flag ends the program with one line.
 
-    presets: {value of --preset: {field: other default}}. `check(options)` raises a ValueError for a wrong combination."""
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets: {value of --preset: {field: other default}}. `check(options)` raises ValueError for a wrong combination."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=style)
     for f in fields(kind):
         name, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
         if f.type is bool:
@@ -43,14 +44,14 @@ def parse_options(kind, argv, description, usage, presets, check):
     return options
 
 
-def percent(name, text):
-    """'1%' -> 1.0; ValueError names the flag and says what is wrong."""
+def parse_max_bad(text):
+    """'1%' -> 1.0. ValueError says what is wrong."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
         value = math.nan
     if not 0 <= value <= 100:
-        raise ValueError(f"{name} {text!r}: expected a share of the clips, like 1%")
+        raise ValueError(f"--max-bad {text!r}: expected a share of the clips, like 1%")
     return value
 
 
@@ -95,6 +96,14 @@ def parse_sample_options(argv, description):
     return args
 
 
+def sample_clips(ckpt):
+    """The clips in CKPT/samples. Raises FileNotFoundError if there is none."""
+    paths = [path for path in sorted(Path(ckpt, "samples").glob("*")) if path.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise FileNotFoundError(f"{ckpt}/samples: no clips there; name the clips to transcribe")
+    return paths
+
+
 def check_sample_options(args):
     """Check the command line of sample.py against its checkpoint before any clip is read -> its config, the paths.
 
@@ -106,12 +115,8 @@ def check_sample_options(args):
     if args.task and not set(TASKS[args.task]) <= set(model.encoders):
         streams = " and ".join(model.encoders)
         raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
-    samples = sorted(Path(args.ckpt, "samples").glob("*"))
     clips = [found for path in args.clips                  # the shell may have left a pattern like *.mp4
-             for found in (not os.path.exists(path) and sorted(glob(path)) or [path])]
-    clips = clips or [path for path in samples if path.suffix.lower() in SUFFIXES]
-    if not clips:
-        raise FileNotFoundError(f"{args.ckpt}/samples: no clips there; name the clips to transcribe")
+             for found in (not os.path.exists(path) and sorted(glob(path)) or [path])] or sample_clips(args.ckpt)
     if len(clips) != 1 and (args.srt or args.show_crop):
         raise ValueError(f"--srt and --show-crop are for one clip, and {args.clips[0]} is {len(clips)}")
     for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):

@@ -132,7 +132,7 @@ def over_processes(work, items):
 
 
 def split_step(clips, transcripts, config):
-    """What this process computes of a step, in parts that follow one another -> [(share of all tokens to predict, rows)].
+    """What this process computes of a step, in parts that follow one another -> [(share of tokens to predict, rows)].
 
     Each process takes its share of the clips. All processes take the same number of parts, at least --accumulate.
     No part of several clips is longer than --batch-seconds, padding included. The cross-entropies of all parts,
@@ -213,12 +213,7 @@ def own_folder(folder):
     folder, lock = Path(folder), Path(folder, ".lock")
     is_new = not folder.exists()
     make_folder(folder, "--out")
-    for path in folder.glob("*"):
-        if (path.suffix in (".json", ".safetensors", ".csv")) if path.is_dir() else path.name == "samples":
-            raise CheckpointError(f"{path}: stands where training writes; move it, or name another --out")
-    found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
-    if found and not is_ours(folder):
-        raise CheckpointError(f"{found[0]}: training would replace it, and did not write it; name another --out")
+    refuse_foreign(folder)
     owner = lock.read_text(errors="replace") if lock.is_file() else ""
     if owner.isdecimal() and int(owner) != os.getpid() and is_running(int(owner)):
         raise CheckpointError(f"{folder}: process {owner} trains into it; wait, or name another --out; "
@@ -230,10 +225,10 @@ def own_folder(folder):
             file.write(str(os.getpid()))
     except FileExistsError:
         raise CheckpointError(f"{folder}: another process has just begun to train into it; name another --out") from None
-    for left in folder.glob(f".*{HALF}"):           # of processes that were killed
-        owner = left.stem.rpartition(".")[2]
+    for path in folder.glob(f".*{HALF}"):           # of processes that were killed
+        owner = path.stem.rpartition(".")[2]
         if owner.isdecimal() and not is_running(int(owner)):
-            left.unlink()
+            path.unlink()
     try:
         yield
     finally:
@@ -242,12 +237,20 @@ def own_folder(folder):
             folder.rmdir()
 
 
-def is_ours(folder):
-    """Whether training wrote the files of a folder: it has a run.json, or its config.json names a format."""
+def refuse_foreign(folder):
+    """Raises CheckpointError if training would replace what it did not write.
+
+    It wrote a folder that has a run.json, or a config.json with a format."""
+    for path in folder.glob("*"):
+        if (path.suffix in (".json", ".safetensors", ".csv")) if path.is_dir() else path.name == "samples":
+            raise CheckpointError(f"{path}: stands where training writes; move it, or name another --out")
+    found = [path for name in WRITTEN for path in sorted(folder.glob(name))]
     try:
-        return Path(folder, "run.json").is_file() or "format" in json.loads(Path(folder, "config.json").read_text("utf-8"))
+        is_ours = (folder / "run.json").is_file() or "format" in json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError, TypeError):
-        return False
+        is_ours = False
+    if found and not is_ours:
+        raise CheckpointError(f"{found[0]}: training would replace it, and did not write it; name another --out")
 
 
 def is_running(process):
@@ -268,8 +271,8 @@ class Run:
 
     The state holds the trained tensors, the optimizer's moments and the step. A batch is a function of the step, so the
     run goes on bit for bit. The state is written every --save-every minutes and at Ctrl-C or SIGTERM, and replaced as a
-    whole. After the end the state stays: the same command then finds nothing left to train. The state also holds `kept`,
-    a dict for JSON. frozen: a hash of the frozen parts. Other sound under the same file names changes it too."""
+    whole. After the end the state stays: the same command then finds nothing left to train. It also holds `kept`, a
+    dict for JSON. frozen: a hash of the frozen parts. Other sound under the same file names changes it too."""
 
     def __init__(self, config, clips, frozen=None):
         self.out, self.minutes = Path(config.out), config.save_every
@@ -355,14 +358,14 @@ class Run:
         if place()[1] == 1:
             return loss, balance
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        told = gradients[0].new_tensor([loss, balance, self.asked])
-        vector_to_parameters(summed(parameters_to_vector([*gradients, told])), [*gradients, told])
-        loss, balance, asked = told.tolist()
+        numbers = gradients[0].new_tensor([loss, balance, self.asked])
+        vector_to_parameters(summed(parameters_to_vector([*gradients, numbers])), [*gradients, numbers])
+        loss, balance, asked = numbers.tolist()
         self.stop = asked > 0
         return loss, balance
 
     def after(self, step):
-        """Call it with the number of steps done, after each. It saves when it is time, and ends a run that is to end."""
+        """Call it with the number of steps done, after each. It saves when it is time, and ends a stopped run."""
         if self.stop or time.monotonic() - self.saved > 60 * self.minutes:
             self.save(step)
         if self.stop:
@@ -384,7 +387,7 @@ class Run:
         self.saved, self.step = time.monotonic(), step
 
     def finish(self):
-        """The model is on the disk. Write the curve of the held-out clips, and a state that says that training has ended."""
+        """The model is on the disk. Write the curve of held-out clips, and a state that says that the run has ended."""
         if self.kept["curve"]:
             write_json(self.out / "curve.json", self.kept["curve"])
         elif is_first():
@@ -411,8 +414,8 @@ class Run:
         """A line of log.csv, every LOG_EVERY steps. drawn: what train.train_mome draws for a step.
 
         balance: of the last set of rates. max_load: the most tokens of an expert over the mean, in the worst layer.
-        router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this process,
-        at all rates of a step. Raises TrainingError if the loss or a gradient is not a number: no weight gets it."""
+        router_entropy: of a router's mean probabilities, in the worst layer. tokens_per_s: pooled tokens of this
+        process, all rates. Raises TrainingError if the loss or a gradient is not a number: no weight gets it."""
         task, clips, rate_sets, parts = drawn
         trained = self.optimizer.param_groups[0]["params"]
         norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]).item()
@@ -424,7 +427,7 @@ class Run:
             self.n_tokens += sum(int((encoded[stream][1] / rate).ceil().sum()) for stream, rate in rates.items())
         if step % LOG_EVERY or not is_first():
             return
-        loads, entropies = [1.0], [0.0]
+        loads, entropies = [], []
         for number, layer in enumerate(llm.layers):
             if layer.mome is not None and layer.mome.routed is not None:
                 probs, chosen = layer.mome.routed
@@ -437,10 +440,9 @@ class Run:
         now = time.monotonic()
         speed, self.n_tokens, self.looked = self.n_tokens / (now - self.looked), 0, now
         lr = self.optimizer.param_groups[0]["lr"]
-        numbers = (f"{loss:.6f} {balance:.4f} {max(loads):.2f} {min(entropies[1:], default=0):.3f} {lr:.2e} {speed:.0f} "
-                   f"{now - self.began:.1f}")
         with open(self.out / "log.csv", "a") as file:
-            print(step, task, *numbers.split(), sep=",", file=file)
+            file.write(f"{step},{task},{loss:.6f},{balance:.4f},{max(loads, default=1):.2f},"
+                       f"{min(entropies, default=0):.3f},{lr:.2e},{speed:.0f},{now - self.began:.1f}\n")
         if step and step % LOOK_EVERY == 0:
             self.look_at_experts()
 

@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+from functools import wraps
 from multiprocessing import current_process
 from pathlib import Path
 
@@ -13,6 +14,22 @@ def quiet_imports():
     is_parent = current_process().name == "MainProcess"     # parent_process() knows it only after the imports
     if Path(sys.argv[0]).name in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL if is_parent else signal.SIG_IGN)
+
+
+def in_one_line(script, *kinds):
+    """A decorator of a script's main(argv) -> exit code. Errors of these kinds become one line, and the code is 2."""
+    def decorate(main):
+        @wraps(main)
+        def careful(argv=None):
+            try:
+                return main(argv) or 0
+            except BrokenPipeError:     # an OSError; run_script ends quietly
+                raise
+            except kinds as error:
+                print(f"{script}: {error}", file=sys.stderr)
+                return 2
+        return careful
+    return decorate
 
 
 def run_script(main):

@@ -19,7 +19,7 @@ from real.files import SPAN, CheckpointError, WeightsError, digest, is_first, no
 from real.folders import folder_clips, read_all
 from real.media import is_silent, probe
 from real.mouth import parse_box
-from real.options import parse_snrs, percent
+from real.options import parse_max_bad, parse_snrs
 from real.weights import llama_ids
 from toy.pretrain import pretrain
 from toy.talker import grid_sentences, talker_clips, write_talker_clips
@@ -43,7 +43,7 @@ def check_config(config):
     if config.seed >= 2 ** 63:
         raise ValueError(f"--seed must be under {2 ** 63}")
     parse_snrs(config.snr)
-    percent("--max-bad", config.max_bad)
+    parse_max_bad(config.max_bad)
     config.box and parse_box(config.box)
     LlamaConfig(1, **config.experts)
     for task in config.tasks.split(","):
@@ -82,11 +82,10 @@ def load_clips(config, tasks, audio, video):
 
     `audio` and `video` are the encoders' configs. Raises ClipError, also if a task has no clip in a split."""
     if config.data:
-        box = parse_box(config.box) if config.box else None
-        how = {"streams": task_streams(tasks), "box": box, "cache": cache_folder(config) / "crops"}
-        max_bad = percent("--max-bad", config.max_bad)
+        options = reading(audio, video) | {"streams": task_streams(tasks), "cache": cache_folder(config) / "crops",
+                                           "box": config.box and parse_box(config.box)}
         splits = ("test",) if config.eval_only else ("train", "test")
-        clips = folder_clips(config.data, reading(audio, video) | how, max_bad, config.disjoint, splits)
+        clips = folder_clips(config.data, options, parse_max_bad(config.max_bad), config.disjoint, splits)
         if config.valid_every and not config.eval_only:
             clips["train"], held_out = hold_out(clips["train"])
             clips["valid"] = [clip for clip in read_all(held_out) if clip]
@@ -183,12 +182,11 @@ def load_for_test(config, tasks, device):
             raise ClipError(f"{config.out}: this model reads {streams} only, not what {task} needs")
         if task not in saved["tasks"]:
             note(f"{config.out}: this model was not trained for {task}, but for {', '.join(saved['tasks'])}")
+        for rates in task_rates(task, parse_rates(config.rates)):
+            if rates not in task_rates(task, saved["rates"]):
+                note(f"{config.out}: this model was not trained for {task} at rate {':'.join(map(str, rates.values()))}")
     if not config.data and (trained_on := saved.get("tested", ("",))[0]):
         note(f"{config.out}: trained on {trained_on}, and tested on the synthetic talker; --data names clips of its own")
-    wanted = [(task, rates) for task in tasks for rates in task_rates(task, parse_rates(config.rates))]
-    for task, rates in wanted:
-        if rates not in task_rates(task, saved["rates"]):
-            note(f"{config.out}: this model was not trained for {task} at rate {':'.join(map(str, rates.values()))}")
     clips = load_clips(config, tasks, model.config.audio, model.config.video)["test"]
     (folder, tested), (before, tested_before) = split_digest(config, clips), saved.get("tested", (None, None))
     if not folder and not before and tested_before not in (None, tested):

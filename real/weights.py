@@ -140,7 +140,7 @@ def load_llama(cls, folder, dtype=torch.float32, **experts):
     if config.tied and head is not None and table is not None and not torch.equal(head, table):
         config = replace(config, tied=False)    # as in transformers: a head of its own counts, whatever the config says
     llm = filled(cls, config, tensors, lambda name: name if name == "lm_head.weight" else f"model.{name}", folder,
-                 dtype, unused=r"lm_head\.weight|.*rotary_emb\.inv_freq")     # some files also store the tied output head
+                 dtype, unused=r"lm_head\.weight|.*rotary_emb\.inv_freq")     # some files also store a tied output head
     llm.inv_freq = scaled_inv_freq(config)
     llm.add_mome(**experts)
     return speed_up(llm)
@@ -323,7 +323,7 @@ def avhubert_config(tensors):
                 dim=dim, n_layers=n_layers, n_heads=dim // 64, pos_kernel=pos_kernel, pos_groups=dim // group_width)
 
 
-def avhubert_name(name, blocks_per_stage=2):
+def avhubert_name(name):
     """Our name of a video encoder's tensor -> AV-HuBERT's name."""
     resnet = "feature_extractor_video.resnet."
     stem = f"{resnet}frontend3D"
@@ -335,7 +335,7 @@ def avhubert_name(name, blocks_per_stage=2):
         return f"{theirs[first]}.{rest}"
     if first == "resnet":
         block, _, rest = rest.partition(".")
-        stage, block = divmod(int(block), blocks_per_stage)
+        stage, block = divmod(int(block), 2)    # as in `avhubert_config`
         return f"{resnet}trunk.layer{stage + 1}.{block}.{rest}"
     return "encoder." + whisper_name(name)
 

@@ -858,6 +858,11 @@ def test_data_py_wants_a_folder(tmp_path, monkeypatch, capsys, out):
     assert "not a folder" in capsys.readouterr().err and os.listdir() == ["a.txt"]
 
 
+def test_a_closed_pipe_ends_train_py():
+    done = subprocess.run(f"{sys.executable} {ROOT}/train.py --dry-run | true", shell=True, capture_output=True, text=True)
+    assert not done.stderr
+
+
 def test_a_closed_pipe_ends_data_py(tmp_path):
     done = subprocess.run(f"{sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 3 | head -1", shell=True, capture_output=True,
                           text=True)

@@ -133,6 +133,9 @@ def test_rotation(files, tmp_path, talker_clips):
     assert np.abs(marked - talker_clips[0].frames).mean() < 3 < np.abs(turned - talker_clips[0].frames).mean()
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x48:d=1", tmp_path / "rotation of 90.mp4")
     ffmpeg("-display_rotation", 90, "-i", tmp_path / "rotation of 90.mp4", "-c", "copy", tmp_path / "high.mp4")
+    ffmpeg("-i", tmp_path / "rotation of 90.mp4", "-i", tmp_path / "high.mp4", "-map", "0:v", "-map", "1:v", "-c", "copy",
+           tmp_path / "two.mp4")
+    assert media.probe(tmp_path / "two.mp4").picture_size == (64, 48)      # the second track alone is turned
     assert media.probe(tmp_path / "rotation of 90.mp4").picture_size == (64, 48)
     assert media.probe(tmp_path / "high.mp4").picture_size == (48, 64)
 

@@ -5,8 +5,8 @@
     stage 2  a tiny Llama learns, from text alone, to read a sentence   in place of Llama 3
              that is spelled in letters and to write it in words
 
-A stage is skipped for a part that is given (train.py --audio-encoder, --video-encoder, --llm). Trained parts are kept in
-a cache, under a hash of what went in: clips, sizes, steps, seed. None of this is from the paper.
+A stage is skipped for a part that is given (train.py --audio-encoder, --video-encoder, --llm). Trained parts are kept
+in a cache, under a hash of what went in: clips, sizes, steps, seed. None of this is from the paper.
 """
 import hashlib
 import math

@@ -1,9 +1,9 @@
 """The synthetic talker: words -> phonemes -> a timeline -> the sound and the lips of a random person.
 
 It replaces recordings that may not be redistributed. It speaks the sentences of the GRID corpus (51 words) with a small
-formant-and-noise synthesiser, and a grey mouth moves on the same timeline. Sounds that look alike on real lips look alike
-here, so lip reading is ambiguous for the same reasons. The talker is cleaner, slower and more regular than people, so its
-speech is easier to read. Nothing here is from the paper.
+formant-and-noise synthesiser, and a grey mouth moves on the same timeline. Sounds that look alike on real lips look
+alike here, so lip reading is ambiguous for the same reasons. The talker is cleaner, slower and more regular than
+people, so its speech is easier to read. Nothing here is from the paper.
 """
 import itertools
 import math
