@@ -214,7 +214,8 @@ def train(config, tasks, pairs, device, watch):
         train_mome(model, clips["train"], tasks, pairs, tokenizer, config, run, features, test_held_out)
     watch.lap("stage 3")
     if "valid" in clips:
-        saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer)
+        saved["auto"] = calibrate(
+            model.eval(), clips["valid"], tasks, pairs, tokenizer, config.beam)
         watch.lap("calibration")
     save_model(model, out, **origin, **saved)
     run.finish()

@@ -35,7 +35,7 @@ def decode_ladder(model, encoded, ladder, beam=1):
 
 
 def two_rates(task, saved):
-    """The coarsest trained rates, and 3/2 of the finest: a third fewer tokens than the finest."""
+    """The coarsest trained rates, and 3/2 of the finest: a third fewer tokens (half at a finest rate of 1)."""
     trained = trained_rates(task, saved)
     finer = {stream: min(math.ceil(1.5 * rate), trained[0][stream]) for stream, rate in trained[-1].items()}
     return trained[0], finer
@@ -70,8 +70,8 @@ def wrong_words(reference, hypothesis):
     return words.substitutions + words.deletions + words.insertions
 
 
-def calibrate(model, clips, tasks, pairs, tokenizer):
-    """{task: threshold}, from validation clips.
+def calibrate(model, clips, tasks, pairs, tokenizer, beam=1):
+    """{task: threshold}, from validation clips, for this width of the beam: wider ones have higher log-probabilities.
 
     For each noise: the lowest threshold such that clips above it lose at most MAX_LOSS of all words at the coarse rate.
     The threshold of a task is the highest over the noises."""
@@ -80,7 +80,7 @@ def calibrate(model, clips, tasks, pairs, tokenizer):
     plan = {(task, i): (task, partial(decode, rates=rates))
             for task in tasks for i, rates in enumerate(two_rates(task, {"rates": pairs}))}
     n_voices = sum("audio" in clip.streams for clip in clips)
-    results = decode_all(model, clips, plan, SNRS if n_voices > 1 else [None], tokenizer)
+    results = decode_all(model, clips, plan, SNRS if n_voices > 1 else [None], tokenizer, beam)
     thresholds = {}
     for (task, i), snr in results:
         if i == 0:

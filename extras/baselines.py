@@ -108,9 +108,10 @@ def add_lora(llm, rank, rate_sets=(), shared=True):
     for layer in llm.layers:
         for name in TARGETS:
             linear = getattr(layer.self_attn, name)
-            lora = LoRA(rank, linear.in_features, linear.out_features).to(linear.weight.device)
-            of_rates = PerRate(lora, rate_sets)
-            linear.lora = nn.ModuleList([lora] * shared + [of_rates] * bool(rate_sets))
+            sizes = rank, linear.in_features, linear.out_features
+            loras = [LoRA(*sizes)] if shared else []
+            loras += [PerRate(LoRA(*sizes), rate_sets)] if rate_sets else []
+            linear.lora = nn.ModuleList(loras).to(linear.weight.device)
             kind = type(linear)
             linear.__class__ = type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 

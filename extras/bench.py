@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from data import parse_rates, task_rates
 from extras.baselines import TARGETS, add_lora, lora_rank
-from extras.cost import WORDS_PER_SECOND, costs, encoder_inputs, model_of, prompt_tokens
+from extras.cost import OUTPUT_TOKENS_PER_SECOND, costs, encoder_inputs, model_of, prompt_tokens
 from mome import Llama, LlamaConfig, MoME
 from real.run import prepare_layers
+from real.script import run_script
 from real.weights import speed_up
 from sample import KVCache, generate
 from train import PRESETS, TrainConfig
@@ -379,7 +380,7 @@ def paper_step(bench):
     if preset and bench.device.type != "cuda":
         yield bench.missing("paper", case, "needs a GPU of 24 GiB or more")
         return
-    rate_sets, n_words = task_rates("avsr", parse_rates(config.rates)), int(WORDS_PER_SECOND * seconds)
+    rate_sets, n_output = task_rates("avsr", parse_rates(config.rates)), int(OUTPUT_TOKENS_PER_SECOND * seconds)
     empty = model_of(config)
     counted = [costs(empty, seconds, rates, 1, prompt_tokens(config)) for rates in rate_sets]
     products = counted[0]["encoder_flops"] + 2 * sum(row["llm_flops"] for row in counted)      # of a clip
@@ -403,7 +404,7 @@ def paper_step(bench):
             x = torch.randn(n_clips, *x.shape[1:], device=bench.device, dtype=x.dtype)
             length = x.shape[-1] if stream == "audio" else x.shape[2]
             inputs[stream] = x, torch.full((n_clips,), length, device=bench.device)
-        transcripts = [torch.randint(model.llm.config.vocab_size, (n_words,)).tolist() for _ in range(n_clips)]
+        transcripts = [torch.randint(model.llm.config.vocab_size, (n_output,)).tolist() for _ in range(n_clips)]
         for layer, forward in zip(model.llm.layers, usual):
             layer.forward = forward                 # without what the row before added
         prepare_layers(model.llm.layers, replace(config, checkpointing=checkpointing))
@@ -513,6 +514,7 @@ def main(argv=None):
     bench = Bench(device, dtype, args.pairs, args.quick, args.compile, args.out, table)
     torch.manual_seed(0)
     if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         plot(bench, args.plot)
         return 0
     print(machine(device), file=bench.table)
@@ -523,4 +525,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -31,7 +31,7 @@ LLAMA_3B = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8,
                        rope_theta=500_000.0)
 PAPER = {"llm": LLAMA_3B, "audio": WHISPER_MEDIUM, "video": AVHUBERT_LARGE}
 STAND_INS = {"llm": LlamaConfig(310), "audio": AudioConfig(), "video": VideoConfig()}
-WORDS_PER_SECOND = 3.0  # output tokens a second, about: people speak two to three words a second
+OUTPUT_TOKENS_PER_SECOND = 3.0  # about: people speak two to three words a second
 
 
 def sizes(config):
@@ -119,7 +119,7 @@ def bytes_for_backward(work, model):
 
 def costs(model, seconds, rates, beam, n_prompt):
     """One clip at these rates -> dict of tokens, encoder_flops, llm_flops, cache_bytes, step_bytes."""
-    inputs, n_words, llm = encoder_inputs(model, seconds), math.ceil(WORDS_PER_SECOND * seconds), model.llm
+    inputs, n_output, llm = encoder_inputs(model, seconds), math.ceil(OUTPUT_TOKENS_PER_SECOND * seconds), model.llm
     n_tokens = prefix_tokens(inputs, rates, n_prompt)
 
     def embeddings(n):
@@ -134,13 +134,13 @@ def costs(model, seconds, rates, beam, n_prompt):
             projector = model.projectors[stream]
             width = next(module.in_features for module in projector.modules() if isinstance(module, torch.nn.Linear))
             projector(torch.empty(math.ceil(inputs[stream][1] / rate), width, device="meta"))
-        llm.logits(llm.hidden_states(embeddings(n_tokens + n_words))[:, -n_words:])
+        llm.logits(llm.hidden_states(embeddings(n_tokens + n_output))[:, -n_output:])
 
     def loss():
-        labels = torch.zeros(n_words, dtype=torch.long, device="meta")
+        labels = torch.zeros(n_output, dtype=torch.long, device="meta")
         return llm.transcript_loss([embeddings(n_tokens)[0].requires_grad_()], [labels])
 
-    cache = KVCache(llm.config, torch.tensor([n_tokens]), n_tokens + n_words, embeddings(1), beam)
+    cache = KVCache(llm.config, torch.tensor([n_tokens]), n_tokens + n_output, embeddings(1), beam)
     return {"tokens": n_tokens, "encoder_flops": flops(encode), "llm_flops": flops(decode),
             "cache_bytes": cache.k.nbytes + cache.v.nbytes, "step_bytes": bytes_for_backward(loss, model)}
 
@@ -196,7 +196,7 @@ def print_parameters(counts, adapter):
 def print_rows(task, rows, beam):
     """A line for each set of rates. "span" is how many times fewer FLOPs it takes than the first row."""
     seconds, first = rows[0]["seconds"], rows[0]
-    print(f"\n{task}, a clip of {seconds} s, {math.ceil(WORDS_PER_SECOND * seconds)} tokens of output\n"
+    print(f"\n{task}, a clip of {seconds} s, {math.ceil(OUTPUT_TOKENS_PER_SECOND * seconds)} tokens of output\n"
           f"{'rates':>9} {'tokens':>7} {'TFLOPs':>8} {'of them LLM':>12} {'span':>6} {'LLM alone':>10} "
           f"{f'cache at beam {beam}':>18} {'training, per clip':>19}")
     for row in rows:

@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from real.script import run_script
+
 
 def series(curve):
     """What curve.json holds -> {name of a task at a rate: ([steps], [WER in %])}."""
@@ -42,14 +44,15 @@ def main(argv=None):
         for name, (steps, wers) in found.items():
             panel.semilogy(steps, [max(wer, .1) for wer in wers], style, label=f"{Path(path).parent}: {name}")
     panel.set_xlabel("steps of stage 3")
-    panel.set_ylabel("WER of held-out clips, %")
+    panel.set_ylabel("WER of held-out clips, %  (0.1 or more)")
     panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(alpha=.3, which="both")
     panel.legend(fontsize=8)
     figure.tight_layout()
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

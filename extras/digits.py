@@ -4,7 +4,6 @@
 """
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import soundfile
 from tqdm import tqdm
 
 from data import ClipError
-from real.script import in_one_line
+from real.script import in_one_line, run_script
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 RATE = 8000  # Hz
@@ -52,7 +51,7 @@ def read_recording(path):
     return wave
 
 
-@in_one_line("digits.py", ClipError, OSError)
+@in_one_line("digits.py", ClipError, OSError, soundfile.LibsndfileError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recordings", type=Path, help="the dataset's folder of {digit}_{talker}_{take}.wav")
@@ -66,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -13,6 +13,7 @@ A row of results.csv is one WER of one run. Its columns:
     variant      what differs from the defaults
     train_rates  --rates
     rates        audio:video, or the rate of the one stream, or auto
+    trained_params, active_params   of the adapter in the LLM, in all and for one token; projectors do not count
     tokens       that the LLM reads before the first word, mean over clips
     flops        of a clip of 3 s at these rates, encoders and LLM (extras/cost.py)
     seconds      that the last process of the run counted: stages 1 and 2 are missing where the cache has them
@@ -34,7 +35,7 @@ from extras.baselines import METHODS, RATES
 from extras.cost import costs, model_of, prompt_tokens
 from extras.ideas import IDEAS
 from real.files import read_json, write_whole
-from real.script import run_script
+from real.script import in_one_line, run_script
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,10 +183,12 @@ def append(rows, path):
 def link_open(shared, folder):
     """The folder of list `open`: two corpora to train, the other talkers of LibriSpeech to test, as links."""
     for split, corpus in (("train", "librispeech"), ("train", "speechocean"), ("test", "librispeech")):
-        link = Path(folder, split, corpus)
+        link, source = Path(folder, split, corpus), Path(shared, corpus, split).resolve()
+        if not source.is_dir():
+            raise FileNotFoundError(f"{source}: no such folder; name the folder of the corpora by --shared")
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(Path(shared, corpus, split).resolve())
+        link.unlink(missing_ok=True)
+        link.symlink_to(source)
 
 
 def show(places, results):
@@ -200,6 +203,7 @@ def show(places, results):
             print(f"  {len(seconds)} of {len(trial.seeds)} seeds  {minutes:>7}  {text}")
 
 
+@in_one_line("experiments.py", OSError)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lists", nargs="*", metavar="LIST", help=", ".join(LISTS))
@@ -218,11 +222,12 @@ def main(argv=None):
     if args.list or not args.lists:
         show(places, args.results)
         return 0
-    wanted = [(trial, seed) for name in args.lists for seed in range(3) for trial in LISTS[name] if seed in trial.seeds
-              and (not args.seeds or str(seed) in args.seeds.split(","))
-              and (not args.methods or trial.method in args.methods.split(","))]
-    if not wanted:
-        parser.error(f"no run of {', '.join(args.lists)} has such seeds and methods")
+    runs = [(trial, seed) for name in args.lists for seed in range(3) for trial in LISTS[name] if seed in trial.seeds]
+    known = {str(seed) for _, seed in runs}, {trial.method for trial, _ in runs}
+    seeds, methods = (set(text.split(",")) if text else every for text, every in zip((args.seeds, args.methods), known))
+    if unknown := (seeds | methods) - set.union(*known):
+        parser.error(f"no run of {', '.join(args.lists)} has {', '.join(sorted(unknown))}")
+    wanted = [(trial, seed) for trial, seed in runs if str(seed) in seeds and trial.method in methods]
     if "open" in args.lists:
         link_open(args.shared, Path(args.runs, "open"))
     for number, (trial, seed) in enumerate(wanted, 1):

@@ -21,12 +21,7 @@ def add_teacher(model, rate_sets):
     gradient. The loss at the others is (1 - TEACHER) * cross-entropy + TEACHER * cross-entropy with that distribution.
 
     Raises ClipError if the finest set does not come first."""
-    loss, logits, kept = model.loss, model.llm.logits, {}
-    finest = {tuple(rates): min((other for other in rate_sets if set(other) == set(rates)), key=lambda r: sum(r.values()))
-              for rates in rate_sets}
-    first = {tuple(rates): rates for rates in reversed(rate_sets)}
-    if first != finest:
-        raise ClipError("--method mome-teacher: name the finest rates first, like --rates 2,4,8")
+    loss, logits, kept, finest = model.loss, model.llm.logits, {}, finest_rates(rate_sets)
 
     def keep_logits(hidden):
         kept["logits"] = found = logits(hidden)     # in the test, two threads decode at once
@@ -41,6 +36,16 @@ def add_teacher(model, rate_sets):
         return (1 - TEACHER) * cross_entropy + TEACHER * taught, balance
 
     model.llm.logits, model.loss = keep_logits, loss_with_teacher
+
+
+def finest_rates(rate_sets):
+    """{streams: their finest rates}. Raises ClipError if these do not come first."""
+    finest = {tuple(rates): min((other for other in rate_sets if set(other) == set(rates)), key=lambda r: sum(r.values()))
+              for rates in rate_sets}
+    first = {tuple(rates): rates for rates in reversed(rate_sets)}
+    if first != finest:
+        raise ClipError("--method mome-teacher: name the finest rates first, like --rates 2,4,8")
+    return finest
 
 
 class BiasedMoME(MoME):

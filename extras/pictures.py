@@ -33,7 +33,7 @@ def read(folder, paths=None):
     model, config, _ = load_for_use(folder)
     options = reading(model.config.audio, model.config.video)
     clips = [read_clip(path, streams=tuple(model.encoders), **options) for path in paths or sample_clips(folder)]
-    return model, config, clips, choose_task(clips[0].name, clips[0].streams, model)
+    return model, config, clips, choose_task(clips[0].name, clips[0].streams, model, None, config["tasks"])
 
 
 def clip_picture(figure, folder, path=None):
@@ -102,7 +102,7 @@ def tokens_picture(figure, *folders):
     for panel, (snr, lines) in zip(panels, found.items()):
         for method, points in lines.items():
             tokens, *wers, rates = zip(*points)
-            (mean, least, most), (name, colour) = np.maximum(wers, FLOOR), STYLES[method]
+            (mean, least, most), (name, colour) = np.maximum(wers, FLOOR), STYLES.get(method, (method, None))
             panel.errorbar(tokens, mean, (mean - least, most - mean), fmt="o-", capsize=3, color=colour, label=name)
         panel.set(xscale="log", yscale="log", title="clean" if snr is None else f"babble at {snr:g} dB")
         panel.set(xlabel="tokens read by the LLM, at rates of sound:lips")
@@ -119,7 +119,8 @@ def encode_clips(folder):
     of its validation clips."""
     model, config, clips, task = read(folder)
     if not config["parts"] and all("_talker" in clip.name for clip in clips):
-        clips += [talker_clip(("valid", i, 0, clips[0].frames.shape[-1], False)) for i in range(N_VALID)]
+        size = reading(model.config.audio, model.config.video)["size"]
+        clips += [talker_clip(("valid", i, 0, size, False)) for i in range(N_VALID)]
     return model, model.encode(to_device(batch(clips, TASKS[task]), model.device)), task_rates(task, config["rates"])
 
 
@@ -176,6 +177,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.picture != "tokens" and len(args.folders) > 1:
         parser.error(f"{args.picture} is of one folder")
+    if args.clip and args.picture != "clip":
+        parser.error(f"--clip is for the picture clip, not for {args.picture}")
     try:
         from matplotlib.figure import Figure
     except ImportError:

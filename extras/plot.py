@@ -97,6 +97,22 @@ def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True,
     return markdown(["WER %", *of_columns], lines)
 
 
+def paired(rows, train_rates="2,4,8"):
+    """A line for each task and noise: MoME's WER minus LoRA's with the same seed, mean and standard error over the seeds.
+
+    A seed fixes clips, encoders and Llama, so this difference varies less than either WER."""
+    lines = []
+    for name, (task, snr) in CONDITIONS.items():
+        entries, same = [], dict(variant="", train_rates=train_rates, task=task, snr_db=snr)
+        for rates in task_rates(task, parse_rates(train_rates)):
+            mome, lora = ({row["seed"]: float(row["wer"]) for row in chosen(
+                rows, method=method, rates=":".join(map(str, rates.values())), **same)} for method in ("mome", "lora"))
+            mean, error = spread([mome[seed] - lora[seed] for seed in sorted(mome.keys() & lora.keys())])
+            entries.append(f"{round(mean, 1) + 0:+.1f} ± {error or 0:.1f}")
+        lines.append([name, " / ".join(entries)])
+    return markdown(["MoME's WER minus LoRA's, in points", f"at rates {' / '.join(train_rates.split(','))}"], lines)
+
+
 def parameters(rows, columns):
     """A line: the parameters in the LLM, of each method, active and in all."""
     lines = []
@@ -198,6 +214,7 @@ def tables(rows):
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
         "summary": summary(toy),
         "main": by_condition(toy, "2,4,8", few | {"MTSK MS": METHODS["MTSK MS"]}),
+        "paired": paired(toy),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
         "one-or-each": one_or_each(toy),

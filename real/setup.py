@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from data import TASKS, ClipError, load_tokenizer, parse_rates, task_rates, task_streams
 from encoders import AudioConfig, VideoConfig
+from extras.ideas import finest_rates
 from mome import AVSR, AVSRConfig, LlamaConfig
 from real.checkpoint import EXPERTS, FLAGS, dtype_on, identify, load_model, read_parts, reading
 from real.features import Features
@@ -64,6 +65,8 @@ def check_config(config):
         raise ValueError(f"--method {config.method} is about the router: --n-routed must be 1 or more")
     if config.method == "mome-teacher" and config.rates_per_step == "1":
         raise ValueError("--method mome-teacher: the finest rate teaches the others in the same step, so --rates-per-step is all")
+    if config.method == "mome-teacher":
+        finest_rates([rates for task in config.tasks.split(",") for rates in task_rates(task, parse_rates(config.rates))])
     needed = {"llm"} | task_streams(config.tasks.split(","))
     if config.preset and trains and not (config.data and needed <= config.real_paths.keys()):
         flags = ", ".join(flag for part, flag in FLAGS.items() if part in needed)

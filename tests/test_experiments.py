@@ -95,6 +95,31 @@ def test_the_flops_of_every_kind_of_model_are_counted(method):
     assert fine > coarse > 1e8
 
 
+def test_the_flops_of_adapters_are_counted():
+    counted = {}
+    for method in ("projectors", "lora", "lora-mss"):
+        config = parse_options(train.TrainConfig, ["--rates", "2,4", "--method", method], "", "", train.PRESETS, train.check_config)
+        counted[method] = experiments.flops_at(config, (("audio", 2), ("video", 2)))
+    assert counted["projectors"] < counted["lora"] < counted["lora-mss"]
+
+
+def test_names_that_no_run_has_are_refused(tmp_path, capsys):
+    for flags in (["--seeds", "0,7"], ["--methods", "mome,lroa"]):
+        with pytest.raises(SystemExit, match="2"):
+            experiments.main(["main", "--results", str(tmp_path / "results.csv"), *flags])
+        assert f"no run of main has {flags[1].split(',')[1]}" in capsys.readouterr().err
+
+
+def test_links_of_the_open_list_follow_shared(tmp_path, capsys):
+    for shared in ("a", "b"):
+        for folder in ("librispeech/train", "librispeech/test", "speechocean/train"):
+            (tmp_path / shared / folder).mkdir(parents=True)
+        experiments.link_open(tmp_path / shared, tmp_path / "open")
+        assert (tmp_path / "open/train/speechocean").resolve() == tmp_path / shared / "speechocean/train"
+    assert experiments.main(["open", "--shared", str(tmp_path / "none"), "--runs", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
+    assert "name the folder of the corpora by --shared" in capsys.readouterr().err
+
+
 def test_tables_are_means_over_seeds():
     rows = [dict.fromkeys(experiments.COLUMNS, "") | {
         "method": "mome", "data": "synthetic", "train_rates": "2,4", "rates": rates, "task": "asr", "snr_db": "clean", "seed": seed, "wer": wer}
@@ -105,6 +130,28 @@ def test_tables_are_means_over_seeds():
     assert text.splitlines()[2] == "| sound | 2.0 ± 0.6 / 50.0 |"
     page = "before\n<!-- results: main -->\nold\n<!-- end -->\nafter\n"
     assert plot.updated(page, {"main": "new\n"}) == page.replace("old", "new")
+
+
+def test_tables_keep_the_seeds_that_all_columns_have():
+    def row(method, seed, train_rates="2,4"):
+        return {"method": method, "seed": seed, "train_rates": train_rates}
+    found = plot.of_common_seeds({"a": [row("a", "0"), row("a", "1")], "b": [row("b", "1"), row("b", "2")], "none": []})
+    assert found == {"a": [row("a", "1")], "b": [row("b", "1")]}
+
+
+def test_differences_are_taken_seed_by_seed():
+    def row(method, train_rates, seed, wer, rates="2"):
+        return {"method": method, "variant": "", "train_rates": train_rates, "seed": seed, "task": "vsr", "snr_db": "clean",
+                "rates": rates, "wer": str(wer)}
+    rows = [row("mome", "2", "0", .2), row("mome", "2", "1", .9), row("mome", "2", "2", .5), row("lora", "2", "0", .1), row("lora", "2", "1", .6)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "CONDITIONS", {"lips": ("vsr", "clean")})
+        assert plot.paired(rows, "2").splitlines()[-1] == "| lips | +20.0 ± 10.0 |"
+    rows = [row("lora", train_rates, "0", wer) | {"task": task, "snr_db": snr}
+            for train_rates, wers in (("2,4,8", (.1, .2, .3)), ("2:2", (.3, .2, .4)))
+            for wer, (task, snr) in zip(wers, (("vsr", "clean"), ("asr", "clean"), ("asr", "0")))]
+    assert [line.split(" | ")[1] for line in plot.one_or_each(rows).splitlines()[2:]] == [
+        "20.0 (20.0 to 20.0) |", "0.0 (0.0 to 0.0) |", "10.0 (10.0 to 10.0) |"]
 
 
 def test_the_pages_have_the_numbers_of_results_csv(capsys):

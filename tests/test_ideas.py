@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import train
 from data import ClipError
 from extras import baselines, ideas
 
@@ -77,6 +78,12 @@ def test_threads_may_route_at_once(tiny):
         for x, (gates, _) in zip(batches, pool.map(mome.route, batches)):
             assert len(gates) == len(x)
     assert mome.to("meta").route(torch.empty(7, 32, device="meta"))[1].shape == (7, 3)      # as extras/cost.py does
+
+
+def test_rates_that_the_teacher_does_not_take_are_refused_at_once(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--method", "mome-teacher", "--rates", "8,4,2"])
+    assert "name the finest rates first" in capsys.readouterr().err
 
 
 def test_an_idea_is_a_method(tiny):

@@ -442,7 +442,7 @@ def test_flops_are_twice_the_products():
         model = AVSR(AVSRConfig(LlamaConfig(64, 256, 2, 4, 4, 512), AudioConfig(), None))
     llm = cost.costs(model, 10, {"audio": 4}, 1, 1)
     layers = sum(p.numel() for p in model.llm.layers.parameters() if p.dim() == 2)
-    tokens = llm["tokens"] + math.ceil(10 * cost.WORDS_PER_SECOND)
+    tokens = llm["tokens"] + math.ceil(10 * cost.OUTPUT_TOKENS_PER_SECOND)
     attention = 2 * 2 * 2 * 256 * tokens ** 2
     projector = 125 * sum(p.numel() for p in model.projectors.parameters() if p.dim() == 2)
     assert llm["llm_flops"] == 2 * (layers * tokens + projector + 30 * 64 * 256) + attention
