@@ -251,6 +251,13 @@ def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
     assert baselines.lora_rank(llama_3b, Paper) == 22  # the paper's LoRA of rank 48 has 27.5M, its MoME 12.7M active
 
 
+def test_mss_begins_with_loras_of_their_own(tiny):
+    """Two equal ones would together have the rank of one."""
+    baselines.add_lora(tiny.llm, 3, [{"audio": 2}, {"audio": 4}])
+    shared, of_rates = tiny.llm.layers[0].self_attn.q_proj.lora
+    assert not any(torch.equal(shared.a, lora.a) for lora in of_rates.copies.values())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["lora-ms", "lora-mss", "mome-routers"])
 def test_each_set_of_rates_has_its_own_weights(method, tiny):
