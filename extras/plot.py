@@ -213,7 +213,7 @@ def tables(rows):
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
         "summary": summary(toy),
-        "main": by_condition(toy, "2,4,8", few | {"MTSK MS": METHODS["MTSK MS"]}),
+        "main": by_condition(toy, "2,4,8", few | {title: METHODS[title] for title in ("MTSK MS", "MTSK MSS")}),
         "paired": paired(toy),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
         "paper-rates": by_condition(toy, "4,16x2,5", METHODS, singles=SINGLES),
