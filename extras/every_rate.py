@@ -17,8 +17,8 @@ def every_rate(path, ckpt="out", task=None, beam=1, box=None, **parts):
     task = task or transcribe(path, **options)["task"]
     for rates in trained_rates(task, config):
         rate = f"{rates.get('audio', 1)}:{rates.get('video', 1)}"
-        plain = sdpa_kernel(SDPBackend.MATH), patch.object(MoME, "best_path", lambda *_: "wide")    # the counter knows these
-        with FlopCounterMode(display=False) as counter, plain[0], plain[1]:
+        with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH),
+              patch.object(MoME, "best_path", lambda *_: "wide")):      # the counter knows plain products alone
             transcribe(path, rate=rate, task=task, **options)
         yield transcribe(path, rate=rate, task=task, **options) | {"flops": counter.get_total_flops()}
 

@@ -228,6 +228,8 @@ def main(argv=None):
     if unknown := (seeds | methods) - set.union(*known):
         parser.error(f"no run of {', '.join(args.lists)} has {', '.join(sorted(unknown))}")
     wanted = [(trial, seed) for trial, seed in runs if str(seed) in seeds and trial.method in methods]
+    if not wanted:
+        parser.error(f"no run of {', '.join(args.lists)} has these seeds and methods together")
     if "open" in args.lists:
         link_open(args.shared, Path(args.runs, "open"))
     for number, (trial, seed) in enumerate(wanted, 1):

@@ -14,7 +14,7 @@ from toy.tokenizer import make_tokenizer
 GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_WORDS = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"""
                 r"""\s*[\r\n]+|\s+(?!\S)|\s+""")
-# What means something else in HF's expressions (Oniguruma) than in `regex`: a repeated count, classes in classes, ...
+# HF's library (Oniguruma) reads these parts of expressions in another way than `regex` does.
 ANOTHER_MEANING = r"&&|\\[wWbBhHKNXRGyYOgkx]|\{\d*,?\d*\}[+?]|(?<!\\)\[(\\.|[^\\\[\]])*\[|\(\?\w*i\w*\)"
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>"]  # the two ids after the ranks
 

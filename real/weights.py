@@ -165,11 +165,11 @@ def llama_config(folder):
     if c.get("hidden_act", "silu") != "silu":
         raise WeightsError(f"{folder}: hidden_act {c['hidden_act']!r} in config.json, expected 'silu'")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    context = "original_max_position_embeddings"
-    rope = rope | {context: c.get(context) or rope.get(context) or c.get("max_position_embeddings")}    # as transformers does
+    name = "original_max_position_embeddings"           # as in transformers, the one at the top of config.json comes first
+    rope = rope | {name: c.get(name) or rope.get(name) or c.get("max_position_embeddings")}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     scaling_keys = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", context)}
+        "factor", "low_freq_factor", "high_freq_factor", name)}
     if rope_type not in scaling_keys:
         raise WeightsError(f"{folder}: rope type {rope_type!r} in config.json; default, linear and llama3 are known")
     return dict(

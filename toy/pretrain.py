@@ -69,7 +69,7 @@ def cached(folder, name, key, make):
     if path.is_file():
         tqdm.write(f"{name}: found in {path}")
         return read_stored(path, load_file)
-    make_folder(folder, "--cache")            # before the work
+    make_folder(folder, "--cache")            # a folder that cannot be written is refused before the work
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
     write_whole(path, lambda temporary: save_file(state, temporary))
     return state
