@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import data
@@ -21,7 +21,7 @@ from encoders import SAMPLE_RATE
 from real.files import digest, read_stored, write_whole
 from real.folders import Unread
 
-VERSION = 3         # raise it when this file, data.py or encoders.py makes other features of the same clips
+VERSION = 4         # raise it when this file, data.py or encoders.py makes other features of the same clips
 BATCH_SECONDS = 48  # seconds of clips that are encoded together
 
 
@@ -81,9 +81,10 @@ class Features:
     def __init__(self, folder, model, identity, clips, copies, seed):
         self.folder, self.model, self.identity, self.copies, self.seed = Path(folder), model, identity, copies, seed
         clips = [clip for clip in clips if not isinstance(clip, Unread)]
-        self.voices = [clip.wave for clip in clips if clip.wave is not None]
         self.contents = {(clip.name, stream): content(clip, stream) for clip in clips for stream in clip.streams}
-        self.babble_key = digest([seed, sorted(self.contents.values())])  # all clips make babble
+        voices = {self.contents[clip.name, "audio"]: clip.wave for clip in clips if clip.wave is not None}
+        self.voices = [voices[key] for key in sorted(voices)]               # whatever the order of the clips
+        self.babble_key = digest([seed, sorted(self.contents.values())])    # all clips make babble
         self.fill(clips)
 
     def path(self, clip, copy, stream):
@@ -120,7 +121,7 @@ class Features:
         for job, x, length in zip(jobs, tokens.half().cpu(), lengths.tolist()):
             path = self.path(*job)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda temporary: save_file({"x": x[:length].contiguous()}, temporary))
+            write_whole(path, lambda temporary: temporary.write_bytes(save({"x": x[:length].contiguous()})))
         return len(jobs)
 
     def rows(self, clips, streams, rng):

@@ -100,13 +100,15 @@ class Unread(Clip):
         clip = read_entry(self.entry, self.reading)
         return self.unusable.add(self.entry, clip) if isinstance(clip, ClipError) else clip
 
-    def stamp(self):
-        """Sizes and times of its files, as bytes: another file has others. A missing file has none."""
-        try:
-            stats = [os.stat(path) for path in (self.entry.path, self.entry.sound) if path]
-            return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats).encode()
-        except OSError:
-            return b""
+
+def stamp(clip):
+    """The sizes and times of an Unread clip's files, as bytes: other files have others. Of other clips nothing."""
+    try:
+        paths = (clip.entry.path, clip.entry.sound) if isinstance(clip, Unread) else ()
+        stats = [os.stat(path) for path in paths if path]
+        return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats).encode()
+    except OSError:                                                       # a file is missing
+        return b""
 
 
 def read_all(clips):

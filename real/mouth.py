@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from encoders import FPS
 from real.files import CheckpointError, digest, note, read_stored, shown, write_whole
 from real.media import clip_error, picture_frames
+from real.weights import fingerprint
 
 VERSION = 3       # raise it when the same file gives other crops than before: stored crops are then not used
 MOUTH_SIZE = 112  # pixels: a square picture of at most this size shows nothing but a mouth
@@ -211,8 +212,7 @@ def crop_mouths(source, size, points):
 
 def cached_crops(source, size, folder):
     """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
-    stat = os.stat(source.path)
-    key = [VERSION, os.path.abspath(source.path), stat.st_size, stat.st_mtime_ns, size, source.pictures]
+    key = [VERSION, fingerprint(source.path), size, source.pictures]
     path = Path(folder) / f"{digest(key)}.safetensors"
     with FILLING[path]:                         # pieces of one file are read side by side; one thread finds the face
         if not path.is_file():
@@ -221,7 +221,7 @@ def cached_crops(source, size, folder):
             frames = np.stack([crop if crop is not None else np.zeros((size, size), np.uint8) for crop in crops])
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, lambda temporary: save_file({"frames": frames, "found": found}, temporary))
+                write_whole(path, lambda temporary: temporary.write_bytes(save({"frames": frames, "found": found})))
             except OSError as error:            # of the cache, not of the clip
                 raise CheckpointError(f"{path}: not written: {error.strerror}") from None
     stored = read_stored(path, load_file)

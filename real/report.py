@@ -1,5 +1,4 @@
 """What train.py and sample.py show: the number of parameters, the table of WERs, subtitles."""
-import textwrap
 import time
 
 import jiwer
@@ -46,20 +45,20 @@ def error_rates(references, hypotheses):
 def table(rows):
     """Rows of metrics.json as text: a line for each task and noise, a column for each audio:video rate.
 
-    The numbers are WERs, or character error rates where the rows have them.
+    The numbers are WERs, or character error rates if all rows have them.
     The column 'auto' also shows its tokens as a share of those at the finest rate."""
     lines, widths = {}, {}
+    unit = "cer" if all("cer" in row for row in rows) else "wer"
     for row in sorted(rows, key=lambda row: row["audio_rate"] == "auto"):
         column = ":".join(str(rate) for rate in (row["audio_rate"], row["video_rate"]) if rate)
         noise = "clean" if row["snr_db"] is None else f"{row['snr_db']:g} dB"
         line = lines.setdefault((row["task"], noise), {})
-        line[column] = f"{100 * row.get('cer', row['wer']):.1f}"
+        line[column] = f"{100 * row[unit]:.1f}"
         if column == "auto":
             line[column] += f" ({100 * row['tokens'] / line['tokens']:.0f}%)"
         line["tokens"] = max(row["tokens"], line.get("tokens", 0))
         widths[column] = 14 if column == "auto" else 7
-    unit = "CER %" if any("cer" in row for row in rows) else "WER %"
-    text = f"{unit:14}" + "".join(f"{column:>{width}}" for column, width in widths.items())
+    text = f"{unit.upper() + ' %':14}" + "".join(f"{column:>{width}}" for column, width in widths.items())
     for (task, noise), line in lines.items():
         cells = "".join(f"{line.get(column, ''):>{width}}" for column, width in widths.items())
         text += f"\n{task:6}{noise:8}{cells}"
@@ -72,8 +71,14 @@ def stamp(seconds):
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02},{ms % 1000:03}"
 
 
+def wrap(text, width=42):
+    """Break a text into lines at spaces. A longer word is cut, but no letter is cut from its marks."""
+    lines = regex.findall(rf"\X{{1,{width}}}(?= |$)|\X{{1,{width}}}", text)
+    return "\n".join(line.strip() for line in lines)
+
+
 def write_srt(path, segments):
     """Write a transcript as subtitles. segments: dicts of start and end in seconds, and text, which may be empty."""
-    blocks = [f"{i}\n{stamp(segment['start'])} --> {stamp(segment['end'])}\n{textwrap.fill(segment['text'], 42)}\n"
+    blocks = [f"{i}\n{stamp(segment['start'])} --> {stamp(segment['end'])}\n{wrap(segment['text'])}\n"
               for i, segment in enumerate((segment for segment in segments if segment["text"]), 1)]
     write_whole(path, lambda temporary: temporary.write_text("\n".join(blocks), "utf-8"))

@@ -28,13 +28,14 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
-from real.files import HALF, CheckpointError, TrainingError, digest, is_first, make_folder, note, write_json, write_together
+from real.files import HALF, CheckpointError, TrainingError, digest, is_first, make_folder, note, plain, write_json, write_together
+from real.folders import stamp
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
 # A run may go on with other values of these flags.
 NOT_SETTINGS = {"out", "cache", "eval_only", "dry_run", "fresh", "save_every", "device", "snr", "beam", "test_clips",
-                "accumulate", "batch_seconds", "checkpointing", "compile"}
-PATHS = "data", "llm", "audio_encoder", "video_encoder"       # a run may go on however these are written
+                "accumulate", "batch_seconds", "checkpointing", "compile", "max_bad"}
+PATHS = "data", "llm", "audio_encoder", "video_encoder"       # a run may go on wherever these lie by now
 COLUMNS = ["step", "task", "loss", "balance", "max_load", "router_entropy", "lr", "tokens_per_s", "seconds"]
 WRITTEN = "config.json", "model.safetensors", "tokenizer.json", "metrics.json", "log.csv", "samples/sample[123]_*"
 LOG_EVERY, LOOK_EVERY = 10, 500          # steps between rows of log.csv, between looks for experts without work
@@ -278,10 +279,10 @@ class Run:
         self.out, self.minutes = Path(config.out), config.save_every
         self.path = self.out / "state.safetensors"
         self.settings = {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
-        self.settings |= {name: os.path.abspath(path) for name in PATHS if (path := self.settings[name])}
-        names = [(os.path.relpath(clip.name, config.data or "."), clip.text) for clip in clips]
+        self.settings |= {name: bool(self.settings[name]) for name in PATHS}
+        names = [(os.path.relpath(clip.name, config.data or "."), clip.text, stamp(clip).decode()) for clip in clips]
         self.settings |= {"clips": digest(names)[:12], "frozen": frozen}
-        self.kept, self.asked, self.stop = {"curve": [], "recent": []}, False, False
+        self.kept, self.asked, self.stop = {"curve": [], "recent": []}, 0, False    # asked: when, in s
         self.n_tokens, self.counts = 0, {}
         self.fresh, self.ended = config.fresh, False
         self.began = self.saved = self.looked = time.monotonic()
@@ -291,8 +292,13 @@ class Run:
         self.facts = {"command": sys.argv, "config": asdict(config), "versions": versions, "processes": place()[1]}
 
     def __enter__(self):
-        def ask_to_stop(*_):
-            self.asked = True
+        def ask_to_stop(number, _):
+            if not self.asked:
+                self.asked = time.monotonic()
+                os.write(2, b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C ends it at once\n")
+            elif time.monotonic() > self.asked + 2:              # torchrun repeats the first one at once
+                signal.signal(number, self.handlers[number])
+                signal.raise_signal(number)
 
         self.handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -323,7 +329,8 @@ class Run:
         except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(f"{self.path}: damaged, start anew with --fresh: {error}") from None
         if facts["finished"] and facts["settings"] != self.settings:
-            self.save(0)                                         # another training may follow one that has ended
+            note(f"{self.path}: another training has ended here; this one replaces its state and its model")
+            self.save(0)
             return self.begin_log(0)
         self.refuse_other(facts["settings"])
         if facts["shapes"] != [list(parameter.shape) for parameter in trained]:
@@ -354,11 +361,11 @@ class Run:
         """The loss and balancing loss of this process -> those of all. Adds up the gradients too.
 
         Only the gradients of what is trained travel; with them the loss and whether a process was asked to stop."""
-        self.stop, balance = self.asked, float(torch.as_tensor(balance).detach())
+        self.stop, balance = bool(self.asked), float(torch.as_tensor(balance).detach())
         if place()[1] == 1:
             return loss, balance
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        numbers = gradients[0].new_tensor([loss, balance, self.asked])
+        numbers = gradients[0].new_tensor([loss, balance, self.stop])
         vector_to_parameters(summed(parameters_to_vector([*gradients, numbers])), [*gradients, numbers])
         loss, balance, asked = numbers.tolist()
         self.stop = asked > 0
@@ -440,9 +447,13 @@ class Run:
         now = time.monotonic()
         speed, self.n_tokens, self.looked = self.n_tokens / (now - self.looked), 0, now
         lr = self.optimizer.param_groups[0]["lr"]
-        with open(self.out / "log.csv", "a") as file:
-            file.write(f"{step},{task},{loss:.6f},{balance:.4f},{max(loads, default=1):.2f},"
-                       f"{min(entropies, default=0):.3f},{lr:.2e},{speed:.0f},{now - self.began:.1f}\n")
+        row = (f"{step},{task},{loss:.6f},{balance:.4f},{max(loads, default=1):.2f},{min(entropies, default=0):.3f},{lr:.2e},"
+               f"{speed:.0f},{now - self.began:.1f}\n")
+        try:
+            with open(path := self.out / "log.csv", "a") as file:
+                file.write(row)
+        except OSError as error:
+            raise plain(error, path) from None
         if step and step % LOOK_EVERY == 0:
             self.look_at_experts()
 

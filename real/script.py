@@ -33,7 +33,7 @@ def in_one_line(script, *kinds):
 
 
 def run_script(main):
-    """Call main() and exit with its code. Ctrl-C and a closed pipe end the script without a traceback.
+    """Call main() and exit with its code: 130 after Ctrl-C, 1 after a closed pipe, both without a traceback.
 
     A letter that the terminal's encoding lacks is printed as its escape sequence, not as an error."""
     import torch
@@ -53,7 +53,7 @@ def run_script(main):
         code = 2
     except BrokenPipeError:  # as in `python sample.py ... | head -1`; without this, flushing stdout fails at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     sys.exit(code)
 
 

@@ -503,6 +503,7 @@ def test_scripts_without_spaces_are_measured_by_letters():
     assert rates["wer"] == 1 and 0 < rates["cer"] < 0.3
     row = {"task": "asr", "audio_rate": 2, "video_rate": None, "snr_db": None, "tokens": 9., **rates}
     assert table([row]).startswith("CER %")
+    assert table([row, {key: row[key] for key in row if key != "cer"}]).startswith("WER %")
 
 
 # --- the command line ---

@@ -130,6 +130,8 @@ def test_clips_in_babble_repeat_and_leave_out_their_own_voice(talker_clips):
     for clip, a, b in zip(talker_clips, noisy, again):
         assert np.array_equal(a.wave, b.wave) and not np.allclose(a.wave, clip.wave, atol=1e-3)
         assert np.array_equal(a.frames, clip.frames) and a.log_power.shape == clip.log_power.shape
+    elsewhere = data.in_babble(replace(talker_clips[0], name=f"/elsewhere/{talker_clips[0].name}"), 0, talker_clips[1:])
+    assert np.array_equal(elsewhere.wave, data.in_babble(talker_clips[0], 0, talker_clips[1:]).wave)
     assert all(a is b for a, b in zip(in_babble(talker_clips, None), talker_clips))
     own = talker_clips[0].wave
     twin = replace(talker_clips[0], name="twin", wave=own[::-1].copy())
@@ -210,6 +212,11 @@ def test_normalize():
         assert data.normalize(form) == word
     assert data.normalize("İstanbul") == data.normalize("I\u0307stanbul") and " " not in data.normalize("İstanbul")
     assert data.normalize("ג׳ורג׳ צה״ל o′clock COL·LECCIÓ 威廉·莎士比亚") == "ג'ורג צה״ל o'clock col·lecció 威廉 莎士比亚"
+    for written, also in (("İyi", "iyi"), ("‘사과’를", "사과를"), ('"사과"를', "사과를"), ("他说‘你好’吗", "他说你好吗"), ('צה"ל', "צה״ל"),
+                          ("oʻzbek", "o‘zbek"), ("ŉ", "'n"), ("Ĳs", "ijs"), ("coŀlecció", "col·lecció"), ("ẛ", "ṡ"),
+                          ("a\ufe77b", "a\u064eb"), ("⼀⼆ ⾨", "一二 門")):
+        assert data.normalize(written) == data.normalize(also) == data.normalize(data.normalize(also)) != ""
+    assert data.normalize('say "yes"') == data.normalize("'say' “yes”") == "say yes"
     assert data.normalize("ΛΌΓΟΣ.ΑΛΛΑ") == "λόγος αλλα"
     assert data.normalize("co\u00adop") == "coop" and data.normalize("e\u00ad\u0301") == "é"
     assert data.normalize("I ❤️ you 👨‍👩‍👧, 1️⃣ of you") == "i you 1 of you" and data.normalize("❤️") == ""

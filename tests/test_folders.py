@@ -677,7 +677,7 @@ def test_texts_of_no_clip_are_said(tmp_path, capsys):
 
 
 def test_tags_are_no_words(tmp_path):
-    write_tone(tmp_path / "a.wav", "Text:  {LG} THANK YOU <noise> [MUSIC] ++um++ ALL")
+    write_tone(tmp_path / "a.wav", "Text:  {LG} THANK YOU <noise> [MUSIC] ＜noise＞［音楽］｛あ｝ ++um++ ALL")
     assert read_entry(entries(tmp_path)[1][0]).text == "thank you all"
 
 

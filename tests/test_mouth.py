@@ -1,6 +1,7 @@
 """python -m pytest tests/test_mouth.py: from a face to its mouth; real faces where mediapipe is installed."""
 import contextlib
 import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,7 +127,14 @@ def test_a_face_is_found_once_and_its_crops_are_cached(tmp_path, monkeypatch):
     first = read_clip(clip.path, size=48, cache=tmp_path / "crops").frames
     assert first.shape == (25, 48, 48) and first.std() > 5 and len(list((tmp_path / "crops").iterdir())) == 1
     monkeypatch.setattr(mouth, "face_mesh", None)
-    assert np.array_equal(read_clip(clip.path, size=48, cache=tmp_path / "crops").frames, first)
+    elsewhere = clip.path.rename(tmp_path / "elsewhere.mp4")
+    assert np.array_equal(read_clip(elsewhere, size=48, cache=tmp_path / "crops").frames, first)
+    replaced, old = bytearray(elsewhere.read_bytes()), os.stat(elsewhere)
+    replaced[-1] ^= 1
+    elsewhere.write_bytes(replaced)
+    os.utime(elsewhere, ns=(old.st_atime_ns, old.st_mtime_ns))
+    with pytest.raises(TypeError):          # the face is looked for again
+        read_clip(elsewhere, size=48, cache=tmp_path / "crops")
 
 
 def test_contact_sheet(tmp_path, monkeypatch):

@@ -256,7 +256,34 @@ def test_other_sound_under_the_same_name_is_another_training(tmp_path, talker_cl
         if content is not None:
             soundfile.write(tmp_path / "clips/train/1.wav", content, 16000)
         assert train.main(argv) == 0
-        assert ("this training has ended" in capsys.readouterr().err) is has_ended
+        told = capsys.readouterr().err
+        assert ("this training has ended" in told) is has_ended and ("another training has ended here" in told) is (content is not None)
+    shutil.move(tmp_path / "clips", tmp_path / "elsewhere")
+    assert train.main(["--data", str(tmp_path / "elsewhere"), *argv[2:]]) == 0
+    assert "this training has ended" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
+    now = [100.]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt, match="^$"), Run(train.TrainConfig(out=str(tmp_path)), []) as running:
+        for now[0] in (100., 101.):                    # torchrun repeats it within a second
+            signal.raise_signal(signal.SIGINT)
+        assert running.asked == 100
+        now[0] = 103.
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_at_the_log_names_the_file(whole, stopped, capsys, monkeypatch):
+    monkeypatch.setattr(run, "COLUMNS", run.COLUMNS)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    begin = Run.begin_log
+    monkeypatch.setattr(Run, "begin_log", lambda *args: monkeypatch.setattr(run, "open", full, raising=False) or begin(*args))
+    assert train.main(command(stopped)) == 2
+    assert "log.csv" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_edited_log(tmp_path):

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from real import clips as data_command
 from real import checkpoint, media
 from real.clips import read_clip
 from real.options import parse_options, parse_sample_options
-from real.report import write_srt
+from real.report import wrap, write_srt
 from toy import pretrain
 from toy.talker import talker_clip, write_talker_clips
 from toy.tokenizer import make_tokenizer
@@ -561,7 +562,9 @@ def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sample.main(["--srt", "x.srt", "a.mp4", "b.mp4"])
     write_srt(tmp_path / "b.srt", [{"start": 3661.5, "end": 3662.25, "text": "a"}, {"start": 3663, "end": 3664, "text": ""},
-                                            {"start": 3664, "end": 3665, "text": "b " * 30}])
+                                            {"start": 3664, "end": 3665, "text": ("b " * 30).strip()}])
+    thai = "แล้วก็ไปกินข้าวด้วยกันที่นั่นนะ" * 5
+    assert wrap(thai).replace("\n", "") == thai and not any(unicodedata.combining(line[0]) or line[0] == "ิ" for line in wrap(thai).split("\n"))
     assert (tmp_path / "b.srt").read_text().splitlines() == [
         "1", "01:01:01,500 --> 01:01:02,250", "a", "", "2", "01:01:04,000 --> 01:01:05,000", ("b " * 21).strip(), ("b " * 9).strip()]
 

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from encoders import VideoConfig
 from mome import Llama, LlamaConfig
 from real.checkpoint import EXPERTS
 from real.files import CheckpointError, digest, make_folder, read_stored, write_whole
-from real.folders import Unread, read_drawn
+from real.folders import Unread, read_drawn, stamp
 from real.run import begin_worker
 from toy.talker import LEXICON, grid_sentences, talker_clips
 from toy.tokenizer import common_words
@@ -71,7 +71,7 @@ def cached(folder, name, key, make):
         return read_stored(path, load_file)
     make_folder(folder, "--cache")            # a folder that cannot be written is refused before the work
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-    write_whole(path, lambda temporary: save_file(state, temporary))
+    write_whole(path, lambda temporary: temporary.write_bytes(save(state)))
     return state
 
 
@@ -89,7 +89,7 @@ def clips_digest(clips):
     content = hashlib.sha256()
     for clip in clips:
         content.update(repr((os.path.basename(clip.name), clip.text, clip.aligned)).encode())
-        content.update(clip.stamp() if isinstance(clip, Unread) else b"")
+        content.update(stamp(clip))
         for array in (clip.log_power, clip.frames):
             content.update(b"" if array is None else array.tobytes())
     return content.hexdigest()
