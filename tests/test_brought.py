@@ -870,9 +870,9 @@ def test_a_closed_pipe_is_left_to_run_script(capsys):
 
 
 def test_a_closed_pipe_ends_data_py(tmp_path):
-    done = subprocess.run(f"{sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 3 | head -1", shell=True, capture_output=True,
-                          text=True)
-    assert "pipe" not in done.stderr and "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+    command = f"set -o pipefail; {sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 3 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "pipe" not in done.stderr and "Traceback" not in done.stderr and done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
