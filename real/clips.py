@@ -141,7 +141,7 @@ def speech_over_time(source, selected, lips, max_frames):
     `selected` is the source with the streams that are read. Borders are frames where sound begins or ends beside lips.
 
     The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
-    frames, and the source is longer than `max_frames`, the pictures of `lips()` show it."""
+    frames, and the source is longer than `max_frames`, or of unknown length, the pictures of `lips()` show it."""
     try:
         level = media.loudness(source) if source.has_sound else np.zeros(0)
     except ClipError:                     # the sound cannot be read; the lips may be
@@ -156,10 +156,12 @@ def speech_over_time(source, selected, lips, max_frames):
     active, borders = np.pad(heard, missing), []
     level = np.pad(level, missing, constant_values=-200)
     unheard = np.concatenate([run & (len(run) >= UNHEARD) for run in runs(level <= media.SILENCE)])
-    if selected.picture_size and unheard.any() and n_frames > max_frames:
+    if selected.picture_size and unheard.any() and (n_frames > max_frames or not source.seconds):
         with lips() as pictures:
-            motion = media.motion(pictures)[:n_frames]
-        unheard = unheard[:len(motion)]
+            motion = media.motion(pictures)
+        more = 0, max(0, len(motion) - n_frames)                             # a header may claim too little
+        active, level = np.pad(active, more), np.pad(level, more, constant_values=-200)
+        unheard = np.pad(unheard, more, constant_values=True)[:len(motion)]
         active[:len(motion)] |= media.active_frames(motion, 0.5, motion[motion > 0.5], rise=3) & unheard
         level[:len(motion)][unheard] = motion[unheard] - 200
         borders = (np.flatnonzero(np.diff(unheard)) + 1).tolist()

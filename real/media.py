@@ -62,6 +62,7 @@ class Source:
     claimed: float = 0.                   # the duration that ffmpeg reads from its header; 0: none, or a guess
     pictures: int = 0                     # the picture track that is read
     track: int = 0                        # the sound track that is read
+    n_streams: int = 1                    # in the file, whatever they hold
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
 
@@ -107,11 +108,11 @@ def probe(path):
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
     seconds = claimed = seconds_of(duration)
-    if "Estimating duration from bitrate" in text or not size and len(streams) > 1:
+    if "Estimating duration from bitrate" in text or len(streams) > bool(sounds) + bool(size):
         claimed = 0.                                        # a guess, or of a stream that is not read: no claim
     if not 0 < seconds <= MAX_SECONDS:
         seconds = packed_seconds(path) or seconds
-    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
+    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows, n_streams=len(streams))
     return choose_sound(source, sounds)
 
 
@@ -265,11 +266,23 @@ def decode(source, n_bytes, stream, filters, *output):
         source.complaints.append(complaint)
 
 
+def late_samples(source):
+    """Samples by which a source's sound begins after the source. A stream that is alone begins with it."""
+    if source.n_streams == 1:
+        return 0
+    text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
+    first = re.search(r" pts_time:(-?[\d.]+)", text)
+    late = float(first[1]) - source.start if first else 0.
+    return round(SAMPLE_RATE * min(max(0., late), source.max_seconds))
+
+
 def wave_frames(source):
     """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
-    # Two stages: first_pts counts samples of the input, which then has the rate that is known here.
-    steady = f"aresample={SAMPLE_RATE},aresample=async=1:first_pts={round(source.start * SAMPLE_RATE)}"
-    filters = f"{steady},{source.mix}"
+    # ffmpeg builds the filters anew where the channels or the rate change. So first_pts of aresample would pad again.
+    n_zeros = late_samples(source)
+    yield from [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (n_zeros // SAMPLES_PER_FRAME)
+    rest = f"adelay={n_zeros % SAMPLES_PER_FRAME}S," if n_zeros % SAMPLES_PER_FRAME else ""
+    filters = f"aresample={SAMPLE_RATE},aresample=async=1,{source.mix},{rest}anull"
     with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", filters, "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
@@ -345,7 +358,7 @@ def active_frames(level, silence, quiet, rise, clear=0):
 
     A frame is active if it is `rise` above the floor. The floor is the level of the quietest tenth of `quiet`, or of
     the frame's own minute if that is lower. So a quiet voice counts beside a loud one, and after music. What varies by
-    less than `rise` within a second is a noise that began later. If nothing else is left, all that is not silence is
+    less than `rise` within two seconds is a noise that began later. If nothing else is left, all that is not silence is
     active. If less than a tenth of the active frames is `clear` above the floor, noise hides parts of the speech. Then
     all frames within NEAR of an active one count that are not silence."""
     if not (level > silence).any():
@@ -353,8 +366,9 @@ def active_frames(level, silence, quiet, rise, clear=0):
     floor, minutes = np.percentile(quiet, 10), np.array_split(level, math.ceil(len(level) / (60 * FPS)))
     floors = [np.percentile(np.append(minute[minute > silence], floor), 10) for minute in minutes]
     threshold = rise + np.repeat(floors, [len(minute) for minute in minutes]).clip(max=floor)
-    seconds = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, FPS - len(level))), "edge"), FPS)
-    steady = np.convolve(np.ptp(seconds, axis=1) < rise, np.ones(FPS))[:len(level)] > 0
+    n = 2 * FPS
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(level, (0, max(0, n - len(level))), "edge"), n)
+    steady = np.convolve(np.ptp(windows, axis=1) < rise, np.ones(n))[:len(level)] > 0
     active = (level > threshold) & ~steady
     if not active.any():
         return level > silence

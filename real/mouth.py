@@ -29,7 +29,7 @@ from real.files import CheckpointError, digest, note, read_stored, shown, write_
 from real.media import clip_error, picture_frames
 from real.weights import fingerprint
 
-VERSION = 3       # raise it when the same file gives other crops than before: stored crops are then not used
+VERSION = 4       # raise it when the same file gives other crops than before: stored crops are then not used
 MOUTH_SIZE = 112  # pixels: a square picture of at most this size shows nothing but a mouth
 MIN_SIZE = 16     # pixels: a smaller picture cannot show a mouth
 VIEW = 768        # pixels: faces are looked for in squares of this size, with the source's picture in the middle
@@ -137,7 +137,8 @@ def find_landmarks(source):
 def largest_face(faces, source):
     """The faces (P,) of each frame -> {frame: landmarks} of the face that is largest on average over all frames.
 
-    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Raises ClipError."""
+    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Tracks that are never
+    seen together with the largest one continue it too. Raises ClipError."""
     tracks = []
     for t, detected in enumerate(faces):
         for face in map(np.array, detected):
@@ -150,11 +151,17 @@ def largest_face(faces, source):
     if not tracks:
         raise clip_error(source.path, f"no face in any of its frames, 0-{len(faces) - 1}; {HINT}")
     tracks.sort(key=lambda track: -sum(abs(face[1] - face[0]) for face in track.values()))
-    if n_others := sum(len(track) > len(faces) / 4 for track in tracks[1:]):
-        place = 100 / VIEW * np.mean([face[3] for face in tracks[0].values()])
+    chosen, n_others = {}, 0
+    for track in tracks:
+        if chosen.keys() & track.keys():
+            n_others += len(track) > len(faces) / 4
+        else:                      # never in one picture: the face has moved unseen, or the film is cut
+            chosen |= track
+    if n_others:
+        place = 100 / VIEW * np.mean([face[3] for face in chosen.values()])
         note(f"{shown(source.path)}: {1 + n_others} faces; read is the one largest on average, its mouth "
              f"{place.real:.0f} % from the left and {place.imag:.0f} % from the top")
-    return tracks[0]
+    return chosen
 
 
 def fill_gaps(track, n_frames, source):
@@ -172,10 +179,14 @@ def fill_gaps(track, n_frames, source):
 
 
 def smooth(points):
-    """(T, P) -> (T, P): each frame becomes the mean of the SMOOTHING frames around it."""
-    before = SMOOTHING // 2
-    padded = np.pad(points, ((before, SMOOTHING - 1 - before), (0, 0)), "edge")
-    return np.lib.stride_tricks.sliding_window_view(padded, SMOOTHING, 0).mean(-1)
+    """(T, P) -> (T, P): each frame becomes the mean of the SMOOTHING frames around it, but not over a jump of the mouth
+    by more than half an eye distance."""
+    before, parts = SMOOTHING // 2, []
+    jumps = np.abs(np.diff(points[:, 3])) > 0.5 * np.abs(points[1:, 1] - points[1:, 0])
+    for part in np.split(points, np.flatnonzero(jumps) + 1):
+        padded = np.pad(part, ((before, SMOOTHING - 1 - before), (0, 0)), "edge")
+        parts.append(np.lib.stride_tricks.sliding_window_view(padded, SMOOTHING, 0).mean(-1))
+    return np.concatenate(parts)
 
 
 # --- crops -----------------------------------------------------------------------------------------------------------

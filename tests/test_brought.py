@@ -121,6 +121,35 @@ def test_silence_is_not_read(tmp_path, voice, capsys):
     assert 59.5 < pieces(tmp_path / "late.wav")[0][0] < 60.5
 
 
+@pytest.mark.parametrize("kind, codec", [("mp3", "libmp3lame"), ("aac", "aac")])
+def test_channels_that_change_within_a_file_do_not_shift_what_follows(tmp_path, talker_clips, kind, codec):
+    """As in a podcast with inserted advertisements; ffmpeg decodes what is one file after another."""
+    sound = np.concatenate([np.pad(clip.wave, (8000, 8000)) for clip in talker_clips[:2]])
+    soundfile.write(tmp_path / "a.wav", sound, 16000)
+    for name, channels in (("one", 1), ("two", 2)):
+        ffmpeg("-i", tmp_path / "a.wav", "-ac", channels, "-ar", 44100, "-c:a", codec, tmp_path / f"{name}.{kind}")
+    parts = [(tmp_path / f"{name}.{kind}").read_bytes() for name in ("one", "two", "one")]
+    (tmp_path / f"joined.{kind}").write_bytes(b"".join(parts))
+    source = media.probe(tmp_path / f"joined.{kind}")
+    assert sum(map(len, media.wave_frames(source))) == pytest.approx(3 * len(sound), abs=6000)
+
+
+def test_a_mute_file_that_is_longer_than_its_header_says_is_read_to_its_end(tmp_path, talker_clips):
+    frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips[:2]])
+    write_mp4(tmp_path / "a.mp4", frames, np.zeros(len(frames) * 640))
+    ffmpeg("-i", tmp_path / "a.mp4", "-an", "-c:v", "mpeg2video", "-q:v", 2, tmp_path / "a.mpg")
+    (tmp_path / "joined.mpg").write_bytes((tmp_path / "a.mpg").read_bytes() * 3)
+    found = pieces(tmp_path / "joined.mpg")
+    assert len(found) >= 6 and found[-1][0] > 2.4 * len(frames) / FPS
+
+
+def test_a_limited_voice_is_no_steady_noise(tmp_path, talker_clips):
+    sound = np.tile(np.concatenate([clip.wave / np.abs(clip.wave).max() for clip in talker_clips]), 3)
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", np.clip(300 * sound + rng.normal(0, 1e-3, len(sound)), -1, 1), 16000)
+    assert sum(clip.duration for _, clip in pieces(tmp_path / "a.wav")) > 0.95 * len(sound) / 16000
+
+
 def test_an_hour_of_flac_with_one_sentence(tmp_path, voice):
     sound = np.zeros(16000 * 3600, np.float32)
     sound[16000 * 1800:16000 * 1800 + len(voice)] = voice
@@ -870,9 +899,17 @@ def test_a_closed_pipe_is_left_to_run_script(capsys):
 
 
 def test_a_closed_pipe_ends_data_py(tmp_path):
-    command = f"set -o pipefail; {sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 3 | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 1 and "pipe" not in done.stderr and "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+    done = subprocess.run(f"{sys.executable} {ROOT}/data.py --out {tmp_path}/c --count 3 | head -1", shell=True, capture_output=True,
+                          text=True)
+    assert "pipe" not in done.stderr and "Traceback" not in done.stderr and done.stdout.count("\n") == 1
+
+
+def test_a_closed_pipe_is_no_success():
+    """What was not printed may not have been done: a training that prints into a closed pipe has no model."""
+    program = "from real.script import run_script; run_script(lambda: [print('x' * 99) for _ in range(9999)])"
+    command = f"set -o pipefail; {sys.executable} -c \"{program}\" | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr == ""
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

@@ -101,6 +101,13 @@ def test_the_largest_face_on_average(tmp_path, capsys):
         mouth.largest_face([[], [], []], clip)
 
 
+def test_a_face_is_followed_over_a_cut(tmp_path, capsys):
+    """Both shots are read, also where they are of another size; nothing is smoothed from one into the other."""
+    shots = [[face(0, 0, 2)]] * 20 + [[face(300, 100)]] * 30
+    points = mouth.fill_gaps(mouth.largest_face(shots, source(tmp_path)), 50, None)
+    assert np.allclose(mouth.smooth(points), np.stack([shot[0] for shot in shots])) and not capsys.readouterr().err
+
+
 # --- files ---
 
 @contextlib.contextmanager
