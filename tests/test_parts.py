@@ -468,8 +468,7 @@ def test_a_dry_run_counts_padding_and_no_attention_matrices():
         config = train_config(*"--preset paper --tasks asr --dry-run".split(), *argv)
         return cost.costs(cost.model_of(config), seconds, {"audio": 1}, 1, 0)
     assert of(10, "--pad-audio")["encoder_flops"] == of(30)["encoder_flops"] > 2 * of(10)["encoder_flops"]
-    short, long = (of(seconds)["step_bytes"] for seconds in (10, 20))
-    assert 1.9 < long / short < 2.1            # a (T, T) matrix would make it 3 times
+    assert 2.8 < of(30)["step_bytes"] / of(10)["step_bytes"] < 3.2     # with a (T, T) matrix it would grow faster than the seconds
 
 
 def test_any_adapter_beside_a_real_llm_is_stored(tiny):
