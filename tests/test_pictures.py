@@ -10,6 +10,11 @@ import torch
 from extras import pictures, routing
 
 
+@pytest.fixture(autouse=True)
+def few_clips(monkeypatch):
+    monkeypatch.setattr(pictures, "N_VALID", 4)
+
+
 def test_the_pictures(trained, tmp_path, capsys):
     for picture in ("clip", "tokens", "routing", "agreement", "similarity"):
         assert pictures.main([picture, str(trained), "--save", str(tmp_path / "docs" / "new.png")]) == 0
