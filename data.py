@@ -27,8 +27,8 @@ TASKS = {"avsr": ("audio", "video"), "asr": ("audio",), "vsr": ("video",)}  # th
 TOKENS_PER_SECOND = {"audio": 50, "video": 25}                              # at rate 1
 MAX_RATE = 10_000                                        # the most tokens that become one
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
-JOINED = r"(?!\p{M})L+(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL]))L+)*"    # what may join parts of a word
-WORD = regex.compile(JOINED.replace("L+", r"[\p{L}\p{M}\p{N}]+"))
+LETTERS = r"[\p{L}\p{M}\p{N}]+"
+WORD = regex.compile(rf"(?!\p{{M}}){LETTERS}(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL])){LETTERS})*")
 EAST = r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}]"                # a quotation mark ends no word of these
 HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"\p{{Pi}}\p{{Pf}}]+(?={EAST})""")
 FORMS = regex.compile(r"[ĲĳĿŀŉſẛǄ-ǌǱ-ǳ⼀-⿟\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")  # joined or wide
@@ -163,7 +163,7 @@ def clip_mel(clip):
 def augmented_mel(clip, rng, voices):
     """The clip's log-mel (M, frames) with a masked band and time. Some clips get babble or lose high bands.
 
-    Real clips, which have no alignment, get babble less often. None of this is in the paper."""
+    Real clips, which have no alignment, get babble less often. Of all this the paper has the babble."""
     power = 10 ** torch.from_numpy(clip.log_power).float()
     if voices and rng.random() < (0.5 if clip.aligned else 0.25):
         power = noisy_power(power, voices, rng)
@@ -186,7 +186,7 @@ def augmented_frames(frames, rng):
 
 def rows_of(clips, streams, rng=None, voices=()):
     """Clips -> {stream: B rows}: audio (frames, M), video (T, H, W), 0 to 1.
-    With a random.Random `rng` clips are augmented, with babble of `voices`. Real clips also change pace."""
+    With a random.Random `rng` clips are augmented by `voices` and, if real, in pace (not in the paper)."""
     paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
     paces = [min(pace, MAX_SECONDS / clip.duration) for pace, clip in zip(paces, clips)]
     rows = {}

@@ -60,7 +60,7 @@ class AVSRConfig:
     audio: AudioConfig | None = AudioConfig()
     video: VideoConfig | None = VideoConfig()
     projector_dim: int = 256              # hidden width of the projectors; not in the paper
-    bos: int = 0                          # token ids of the LLM's tokenizer
+    bos: int = 0                          # ids of the LLM's tokenizer; real/setup.py sets them
     eos: int = 1
     prompt: tuple[int, ...] = (2,)        # fixed text between the streams and the transcript
     max_tokens: int = 32                  # most tokens that are generated for a clip, <eos> included
@@ -76,7 +76,7 @@ class MoME(nn.Module):
     the same router and experts. The paper's aim: what experts learn at fine rates serves coarse rates.
     Up-projections start at zero, so a new MoME adds nothing to its layer (not in the paper). Parameters stay
     fp32 beside a bf16 Llama: AdamW's steps are too small for bf16."""
-    sum_counts = staticmethod(lambda counts: counts)    # torchrun: their sum over processes (real/run.py)
+    sum_counts = staticmethod(lambda counts: counts)    # real/run.py sums over torchrun's processes here
     def __init__(self, dim, n_routed, top_k, n_shared, bottleneck):
         super().__init__()
         self.n_routed, self.top_k, self.n_shared = n_routed, top_k, n_shared
@@ -128,15 +128,15 @@ class MoME(nn.Module):
 
     @property
     def balance_loss(self):
-        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load.
-        f_e: share of all choices that went to expert e. P_e: mean probability of expert e."""
+        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. P_e: e's mean
+        probability. f_e: e's share of all choices, a K-th of its share of the tokens (not in the paper)."""
         if self.routed is None:
             return self.down.new_zeros(())
         probs, chosen = self.routed
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
         counts = self.sum_counts(choices.sum(0))                          # (N_r,)
-        f = counts / counts.sum()                                         # (N_r,) sums to 1
-        P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,) counts.sum() is K N
+        f = counts / counts.sum()                                         # (N_r,) the sum is K N
+        P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,) a mean over N tokens
         return self.n_routed * (f * P).sum()
 
     @staticmethod
@@ -257,7 +257,7 @@ class SwiGLU(nn.Module):
 
 class Layer(nn.Module):
     """One Llama layer with MoME in parallel. MoME reads the normalised input of the block it stands beside.
-    Beside the whole layer, it reads what attention reads (not in the paper). Its output is added to x."""
+    Beside the whole layer it reads what attention reads (not in the paper). That block's output gets it."""
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -272,10 +272,10 @@ class Layer(nn.Module):
         y = x + self.self_attn(h, **attention)
         if self.place == "attn":
             y = y + self.mome(h)                # beside the attention
-        g = self.post_attention_layernorm(y)
-        z = y + self.mlp(g)
+        h_mlp = self.post_attention_layernorm(y)
+        z = y + self.mlp(h_mlp)
         if self.place == "ffn":
-            z = z + self.mome(g)                # beside the feed-forward
+            z = z + self.mome(h_mlp)                # beside the feed-forward
         if self.place == "layer":
             z = z + self.mome(h)                # beside the whole layer
         return z
@@ -369,7 +369,7 @@ def pool(x, lengths, rate):
 
 
 class Projector(nn.Sequential):
-    """Encoder width -> LLM width. One per stream serves all rates, also untrained ones (not in the paper)."""
+    """Encoder width -> LLM width. One per stream serves all rates, trained or not (not in the paper)."""
     def __init__(self, d_in, d_hidden, d_out):
         super().__init__(
             nn.Linear(d_in, d_hidden), nn.ReLU(),
@@ -378,8 +378,8 @@ class Projector(nn.Sequential):
 
 # --- the whole model --------------------------------------------------------------------------------------
 class AVSR(nn.Module):
-    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME and
-    markers (not in the paper) around each stream. The Llama reads the streams that are used:
+    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME
+    and each stream's markers (that these are trained is not in the paper). The Llama reads the streams used:
 
         <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
 
@@ -429,15 +429,15 @@ class AVSR(nn.Module):
         """What the Llama reads before the transcript -> B embedding sequences (T_b, D)."""
         table = self.llm.embed_tokens.weight
         bos, prompt = table[[self.config.bos]], table[list(self.config.prompt)]
-        streams = []                                                      # for each stream B tensors (T, D)
+        sequences = []                                                    # for each stream B tensors (T, D)
         for stream, rate in rates.items():
             tokens, lengths = encoded[stream]
             tokens, lengths = pool(tokens.float(), lengths, rate)
             tokens = self.projectors[stream](tokens).to(table)            # (B, T, D)
             start, end = self.markers[stream].to(table)[:, None]
             rows = zip(tokens, lengths.tolist())
-            streams.append([torch.cat([start, x[:length], end]) for x, length in rows])
-        return [torch.cat([bos, *parts, prompt]) for parts in zip(*streams)]
+            sequences.append([torch.cat([start, x[:length], end]) for x, length in rows])
+        return [torch.cat([bos, *row, prompt]) for row in zip(*sequences)]
 
     def loss(self, encoded, transcripts, rates):
         """At one set of rates: the cross-entropy of the transcripts (B lists of ids), and the layers' mean

@@ -171,9 +171,9 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
     longest = min(1.1 * saved.get("longest", MAX_SECONDS) + 0.5, MAX_SECONDS)    # in seconds
     task = choose_task(path, source.streams, model, task, saved["tasks"])
     decoders = {TASKS[task]: decoder_at(rate, task, saved)}
-    sizes = reading(model.config.audio, model.config.video)
-    sizes |= {"levels": saved.get("levels"), "voice_alone": "asr" in saved["tasks"]}
-    pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **sizes)
+    how = reading(model.config.audio, model.config.video)
+    how |= {"levels": saved.get("levels"), "voice_alone": "asr" in saved["tasks"]}
+    pieces = read_pieces(source, longest, streams=TASKS[task], box=box, **how)
     bar = {"desc": "transcribing", "unit": " s", "leave": False, "disable": source.seconds < PIECES * longest}
     with tqdm(total=round(source.seconds), **bar) as progress:
         for group in groups_of(pieces, PIECES, lambda piece: piece[1].streams):
@@ -181,8 +181,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
             streams = clips[0].streams                                       # a silent piece lacks one
             if streams not in decoders:
                 own_task = choose_task(path, streams, model, None, saved["tasks"])
-                sure = rate != "auto" or own_task in saved["auto"]
-                decoders[streams] = decoder_at(rate if sure else None, own_task, saved)
+                has_threshold = rate != "auto" or own_task in saved["auto"]
+                decoders[streams] = decoder_at(rate if has_threshold else None, own_task, saved)
             features = to_device(batch(clips, streams), model.device)
             answers = decoders[streams](model, model.encode(features), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):

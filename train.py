@@ -6,7 +6,7 @@
     python train.py --method lora                                         a baseline (extras/baselines.py)
     python train.py --preset paper --dry-run                              what the paper's model costs
 
-    stage 1  the two encoders   small stand-ins (toy/pretrain.py), or --audio-encoder, --video-encoder
+    stage 1  the two encoders   small stand-ins (toy/pretrain.py), then on --data; or --audio-encoder ...
     stage 2  the Llama          a small stand-in, or --llm
     stage 3  the paper          encoders and Llama frozen; projectors, markers and MoME learn from all rates
 
@@ -91,7 +91,7 @@ class TrainConfig:
     test_clips: int = flag(500, "its test clips", least=1)
     audio_steps: int = flag(650, "of stage 1, audio encoder", least=1)
     video_steps: int = flag(600, "of stage 1, video encoder", least=1)
-    ctc_steps: int = flag(1500, "of stage 1 with --data, each encoder, after those", least=1)
+    ctc_steps: int = flag(1500, "of stage 1 with --data, each encoder, after those on the talker", least=1)
     llm_steps: int = flag(1000, "of stage 2", least=1)
     projector_dim: int = flag(0, "hidden width of the projectors; 0: the LLM's width, at least 256", least=0)
     valid_every: int = flag(0, "steps between tests on held-out clips; 0: no test, no clip held out", least=0)
@@ -118,19 +118,19 @@ class TrainConfig:
 
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
-def encode_parts(model, clips, parts, task, rng, voices, features):
-    """Augment clips and encode them, once for all rates. Yields {stream: (tokens, lengths)} for each part,
-    (its share, its rows of `clips`). `features`: outputs of real encoders, see real/features.py."""
+def encode_parts(model, clips, shares, task, rng, voices, features):
+    """Augment clips and encode them, once for all rates. Yields {stream: (tokens, lengths)} for each of
+    `shares`, see real.run.split_step. `features`: outputs of real encoders, see real/features.py."""
     streams = TASKS[task]
     of_clips = features.rows(clips, streams, rng) if features else rows_of(clips, streams, rng, voices)
-    for _, rows in parts:
+    for _, rows in shares:
         of_part = {stream: [xs[row] for row in rows] for stream, xs in of_clips.items()}
         inputs = to_device(padded(of_part) if features else to_inputs(of_part), model.device)
         yield inputs if features else model.encode(inputs)
 
 
 def learning_rate(step, steps, peak):
-    """A short linear warm-up, then half a cosine from `peak` down to 5 % of it."""
+    """A linear warm-up, then half a cosine from `peak` to 5 % of it. The paper has the cosine alone."""
     warmup = (step + 1) / min(30, steps // 10 + 1)
     cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
     return peak * min(warmup, cosine)
@@ -176,9 +176,9 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
                 loss = (share * cross_entropy + config.balance * balance / len(parts)) / len(rate_sets)
                 loss.backward()
                 total += loss.item()
-        total, balance = run.sum_up(total, balance)         # over the processes of torchrun
+        total, balance = run.sum_up(total, balance)         # over processes; balance: the last set's
         run.log(step, drawn, total, balance, model.llm)
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)              # not in the paper
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -208,14 +208,14 @@ def train(config, tasks, pairs, device, watch):
         rows = [row | {"split": "valid"} for row in rows]
         run.kept["curve"].append({"step": step, "loss": loss, "rows": rows})
         tqdm.write(f"step {step}: loss {loss:.3f}\n{table(rows)}")
+        model.train()
 
     model.train()
     with run, threads(1 if features else 0.5):              # cached features leave all cores to the step
         train_mome(model, clips["train"], tasks, pairs, tokenizer, config, run, features, test_held_out)
     watch.lap("stage 3")
     if "valid" in clips:
-        saved["auto"] = calibrate(
-            model.eval(), clips["valid"], tasks, pairs, tokenizer, config.beam)
+        saved["auto"] = calibrate(model.eval(), clips["valid"], tasks, pairs, tokenizer, config.beam)
         watch.lap("calibration")
     save_model(model, out, **origin, **saved)
     run.finish()

@@ -53,7 +53,7 @@ class BPE(tiktoken.Encoding):
 
 
 def is_text(token):
-    """Whether a token can stand in the prompt, or in a text as data.normalize leaves it: see data.JOINED."""
+    """Whether a token can stand in the prompt, or in a text as data.normalize leaves it: see data.WORD."""
     return bool(regex.fullmatch(r"[\p{L}\p{M}\p{N}'\u05f4\u200c\u200d·. ]+", token))
 
 
