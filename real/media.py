@@ -253,8 +253,7 @@ def decode(source, n_bytes, stream, filters, *output):
                 if len(chunk) < n_bytes:
                     break
             else:
-                raise clip_error(source.path, f"its time stamps span more than {source.max_seconds:.0f} s, too much "
-                                              "for a file of its size; it is damaged: write it anew with ffmpeg")
+                raise too_long(source)
             code = process.wait()
         finally:
             process.kill()
@@ -266,6 +265,12 @@ def decode(source, n_bytes, stream, filters, *output):
         source.complaints.append(complaint)
 
 
+def too_long(source):
+    """The error of time stamps that no file of this size has."""
+    return clip_error(source.path, f"its time stamps span more than {source.max_seconds:.0f} s, too much for a file of its "
+                                   "size; it is damaged: write it anew with ffmpeg")
+
+
 def late_samples(source):
     """Samples by which a source's sound begins after the source. A stream that is alone begins with it."""
     if source.n_streams == 1:
@@ -273,7 +278,9 @@ def late_samples(source):
     text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
     first = re.search(r" pts_time:(-?[\d.]+)", text)
     late = float(first[1]) - source.start if first else 0.
-    return round(SAMPLE_RATE * min(max(0., late), source.max_seconds))
+    if late > source.max_seconds:
+        raise too_long(source)
+    return round(SAMPLE_RATE * max(0., late))
 
 
 def wave_frames(source):

@@ -247,6 +247,13 @@ def test_a_face_without_a_detector(ask, tmp_path, monkeypatch):
     assert ask(face, "--task", "asr")[0] == 0 and ask(face, "--box", "130,170,96,96")[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["mkv", "mp4"])
+def test_sound_that_begins_after_a_day(ask, tmp_path, kind):
+    ffmpeg(*"-f lavfi -i testsrc=size=32x32:rate=25:duration=3 -itsoffset 90000 -f lavfi -i sine=duration=3 -c:a aac".split(),
+           tmp_path / f"a.{kind}")
+    refused(ask(tmp_path / f"a.{kind}"), f"a.{kind}: its time stamps span more than ")
+
+
 def test_unknown_codec(ask, good, tmp_path):
     for old, new, name in ((b"FMP4", b"ZZZZ", "video.avi"), (b"avc1", b"zzzz", "video.mp4")):
         source = (good / f"clip.{name[-3:]}").read_bytes()
