@@ -9,7 +9,6 @@ a media file (real/clips.py). From the command line:
 Axes: B batch, T time, M mel bands, H W rows and columns of a picture.
 """
 from real.script import run_script  # before torch: Ctrl-C then ends quietly at any time
-import os
 import random
 import unicodedata
 from dataclasses import dataclass, replace
@@ -29,10 +28,10 @@ MAX_RATE = 10_000                                        # the most tokens that 
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 LETTERS = r"[\p{L}\p{M}\p{N}]+"
 WORD = regex.compile(rf"(?!\p{{M}}){LETTERS}(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL])){LETTERS})*")
-EAST = r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}]"                # a quotation mark ends no word of these
-HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"\p{{Pi}}\p{{Pf}}]+(?={EAST})""")
+EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"       # quotation marks end no word of these
+HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"“”«»〈-』]+(?={EAST})""")
 FORMS = regex.compile(r"[ĲĳĿŀŉſẛǄ-ǌǱ-ǳ⼀-⿟\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")  # joined or wide
-GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew})""")  # typed as a quotation mark
+GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # typed as "
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼʻ`´‛′՚׳", "'"))
 
 
@@ -129,7 +128,7 @@ def in_babble(clip, snr_db, voices, n_voices=4):
     """The clip in babble of `n_voices` of the clips `voices`, the same at every call. snr_db None: clean."""
     if snr_db is None or clip.log_power is None:
         return clip
-    rng = random.Random(f"{os.path.basename(clip.name)} {snr_db}".encode(errors="surrogateescape"))
+    rng = random.Random(f"{'/'.join(clip.name.split('/')[-2:])} {snr_db}".encode(errors="surrogateescape"))
     drawn = rng.sample(voices, min(n_voices + 1, len(voices)))
     others = [other.wave for other in drawn if other is not clip]
     if not others:
@@ -248,8 +247,9 @@ def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
     NFC, and NFKC of FORMS, make equal words equal. Training, WER and transcripts share this."""
     text = FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), text)
-    text = unicodedata.normalize("NFC", GERSHAYIM.sub("״", HIDDEN.sub("", text))).translate(PLAIN)
-    lower = " ".join(WORD.findall(text)).lower().replace("i\u0307", "i")     # a Turkish capital keeps its dot
+    text = unicodedata.normalize("NFC", text).translate(PLAIN)
+    words = WORD.findall(GERSHAYIM.sub("״", HIDDEN.sub("", text)))
+    lower = " ".join(words).lower().replace("i\u0307", "i")                 # a Turkish capital keeps its dot
     return unicodedata.normalize("NFC", lower)
 
 

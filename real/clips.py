@@ -156,7 +156,7 @@ def speech_over_time(source, selected, lips, max_frames):
     active, borders = np.pad(heard, missing), []
     level = np.pad(level, missing, constant_values=-200)
     unheard = np.concatenate([run & (len(run) >= UNHEARD) for run in runs(level <= media.SILENCE)])
-    if selected.picture_size and unheard.any() and (n_frames > max_frames or not source.seconds):
+    if selected.picture_size and (not n_frames or unheard.any() and n_frames > max_frames):
         with lips() as pictures:
             motion = media.motion(pictures)
         more = 0, max(0, len(motion) - n_frames)                             # a header may claim too little

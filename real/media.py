@@ -62,7 +62,7 @@ class Source:
     claimed: float = 0.                   # the duration that ffmpeg reads from its header; 0: none, or a guess
     pictures: int = 0                     # the picture track that is read
     track: int = 0                        # the sound track that is read
-    n_streams: int = 1                    # in the file, whatever they hold
+    late: int = 0                         # samples by which its sound begins after its start
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
 
@@ -108,12 +108,13 @@ def probe(path):
     start = re.search(r"^  Duration: .*start: (-?[\d.]+)", text, re.M)
     duration = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", text, re.M)
     seconds = claimed = seconds_of(duration)
-    if "Estimating duration from bitrate" in text or len(streams) > bool(sounds) + bool(size):
+    if "Estimating duration from bitrate" in text or not size and len(streams) > 1:
         claimed = 0.                                        # a guess, or of a stream that is not read: no claim
     if not 0 < seconds <= MAX_SECONDS:
         seconds = packed_seconds(path) or seconds
-    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows, n_streams=len(streams))
-    return choose_sound(source, sounds)
+    source = Source(path, float(start[1]) if start else 0., bool(sounds), size, seconds, claimed, *shows)
+    source = choose_sound(source, sounds)
+    return replace(source, late=late_samples(source)) if sounds and len(streams) > 1 else source
 
 
 def size_shown(track, text):
@@ -272,31 +273,34 @@ def too_long(source):
 
 
 def late_samples(source):
-    """Samples by which a source's sound begins after the source. A stream that is alone begins with it."""
-    if source.n_streams == 1:
-        return 0
+    """Samples by which a source's sound begins after its start, which is that of its first stream."""
     text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
     first = re.search(r" pts_time:(-?[\d.]+)", text)
-    late = float(first[1]) - source.start if first else 0.
-    if late > source.max_seconds:
-        raise too_long(source)
-    return round(SAMPLE_RATE * max(0., late))
+    return max(0, round(SAMPLE_RATE * (float(first[1]) - source.start))) if first else 0
 
 
 def wave_frames(source):
-    """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter."""
-    # ffmpeg builds the filters anew where the channels or the rate change. So first_pts of aresample would pad again.
-    n_zeros = late_samples(source)
-    yield from [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (n_zeros // SAMPLES_PER_FRAME)
-    rest = f"adelay={n_zeros % SAMPLES_PER_FRAME}S," if n_zeros % SAMPLES_PER_FRAME else ""
-    filters = f"aresample={SAMPLE_RATE},aresample=async=1,{source.mix},{rest}anull"
+    """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter.
+
+    ffmpeg builds the filters anew where the channels or the rate change. So first_pts of aresample would pad again, and a
+    gap just there is lost."""
+    if source.late > source.max_seconds * SAMPLE_RATE:
+        raise too_long(source)
+    yield from [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (source.late // SAMPLES_PER_FRAME)
+    rest = np.zeros(source.late % SAMPLES_PER_FRAME, np.float32)              # at the head of the next array
+    filters = f"aresample={SAMPLE_RATE},aresample=async=1,{source.mix}"
     with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", filters, "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
             if not (np.abs(wave) < 100).all():
                 raise clip_error(source.path, "its sound has samples that are not numbers, or far beyond -1 to 1; "
                                               "export it anew")
-            yield wave
+            wave = np.concatenate([rest, wave]) if source.late else wave
+            yield wave[:SAMPLES_PER_FRAME]
+            rest = wave[SAMPLES_PER_FRAME:]
+    if len(rest):
+        yield rest
+
 
 
 def picture_frames(source, filters, shape):

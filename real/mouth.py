@@ -137,8 +137,8 @@ def find_landmarks(source):
 def largest_face(faces, source):
     """The faces (P,) of each frame -> {frame: landmarks} of the face that is largest on average over all frames.
 
-    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Tracks that are never
-    seen together with the largest one continue it too. Raises ClipError."""
+    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Tracks of a
+    second or more, at least half as large and never seen together with the largest one, continue it too. Raises ClipError."""
     tracks = []
     for t, detected in enumerate(faces):
         for face in map(np.array, detected):
@@ -150,13 +150,14 @@ def largest_face(faces, source):
                 tracks.append({t: face})
     if not tracks:
         raise clip_error(source.path, f"no face in any of its frames, 0-{len(faces) - 1}; {HINT}")
-    tracks.sort(key=lambda track: -sum(abs(face[1] - face[0]) for face in track.values()))
-    chosen, n_others = {}, 0
-    for track in tracks:
-        if chosen.keys() & track.keys():
-            n_others += len(track) > len(faces) / 4
-        else:                      # never in one picture: the face has moved unseen, or the film is cut
-            chosen |= track
+    sizes = [np.array([abs(face[1] - face[0]) for face in track.values()]) for track in tracks]
+    order = sorted(range(len(tracks)), key=lambda i: -sizes[i].sum())
+    chosen, n_others = dict(tracks[order[0]]), 0
+    for i in order[1:]:
+        together = chosen.keys() & tracks[i].keys()
+        n_others += bool(together) and len(tracks[i]) > len(faces) / 4
+        if not together and len(tracks[i]) >= FPS and sizes[i].mean() > sizes[order[0]].mean() / 2:
+            chosen |= tracks[i]    # the face has moved unseen, or the film is cut
     if n_others:
         place = 100 / VIEW * np.mean([face[3] for face in chosen.values()])
         note(f"{shown(source.path)}: {1 + n_others} faces; read is the one largest on average, its mouth "
@@ -179,11 +180,13 @@ def fill_gaps(track, n_frames, source):
 
 
 def smooth(points):
-    """(T, P) -> (T, P): each frame becomes the mean of the SMOOTHING frames around it, but not over a jump of the mouth
-    by more than half an eye distance."""
+    """(T, P) -> (T, P): each frame becomes the mean of the SMOOTHING frames around it, but not over a cut.
+
+    At a cut the mouth jumps by more than half an eye distance, and by less for SMOOTHING frames before and after."""
     before, parts = SMOOTHING // 2, []
-    jumps = np.abs(np.diff(points[:, 3])) > 0.5 * np.abs(points[1:, 1] - points[1:, 0])
-    for part in np.split(points, np.flatnonzero(jumps) + 1):
+    jumps = np.flatnonzero(np.abs(np.diff(points[:, 3])) > 0.5 * np.abs(points[1:, 1] - points[1:, 0])) + 1
+    cuts = [at for at in jumps if not any(0 < abs(at - other) <= SMOOTHING for other in jumps)]
+    for part in np.split(points, cuts):
         padded = np.pad(part, ((before, SMOOTHING - 1 - before), (0, 0)), "edge")
         parts.append(np.lib.stride_tricks.sliding_window_view(padded, SMOOTHING, 0).mean(-1))
     return np.concatenate(parts)
@@ -223,7 +226,7 @@ def crop_mouths(source, size, points):
 
 def cached_crops(source, size, folder):
     """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
-    key = [VERSION, fingerprint(source.path), size, source.pictures]
+    key = [VERSION, fingerprint(source.path, whole=True), size, source.pictures]
     path = Path(folder) / f"{digest(key)}.safetensors"
     with FILLING[path]:                         # pieces of one file are read side by side; one thread finds the face
         if not path.is_file():

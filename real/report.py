@@ -73,7 +73,7 @@ def stamp(seconds):
 
 def wrap(text, width=42):
     """Break a text into lines at spaces. A longer word is cut, but no letter is cut from its marks."""
-    lines = regex.findall(rf"\X{{1,{width}}}(?= |$)|\X{{1,{width}}}", text)
+    lines = regex.findall(rf"(?! )\X{{1,{width}}}(?<! )(?= |$)|(?! )\X{{1,{width}}}", text)
     return "\n".join(line.strip() for line in lines)
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -295,7 +295,8 @@ class Run:
         def ask_to_stop(number, _):
             if not self.asked:
                 self.asked = time.monotonic()
-                os.write(2, b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C ends it at once\n")
+                with suppress(OSError):                          # a closed pipe, as of `| tee`, must not end the run
+                    os.write(2, is_first() * b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C does not\n")
             elif time.monotonic() > self.asked + 2:              # torchrun repeats the first one at once
                 signal.signal(number, self.handlers[number])
                 signal.raise_signal(number)
@@ -351,7 +352,7 @@ class Run:
         names = self.settings.keys() | settings.keys()
         for name in sorted(names, key=lambda name: (name in ("clips", "frozen"), name)):    # they follow from others
             if self.settings.get(name) != settings.get(name):
-                others = {"clips": "the training clips", "frozen": "the frozen parts, or what clips hold"}
+                others = {"clips": "the training clips (of a large folder the times of their files count)", "frozen": "the frozen parts, or what clips hold"}
                 flag = others.get(name, f"--{name.replace('_', '-')}")
                 then, now = settings.get(name), self.settings.get(name)
                 raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {then!r}, is {now!r}; "

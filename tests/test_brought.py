@@ -134,6 +134,25 @@ def test_channels_that_change_within_a_file_do_not_shift_what_follows(tmp_path, 
     assert sum(map(len, media.wave_frames(source))) == pytest.approx(3 * len(sound), abs=6000)
 
 
+def test_channels_that_change_and_sound_that_begins_late(tmp_path, talker_clips):
+    sound = talker_clips[0].wave[:32000]
+    soundfile.write(tmp_path / "a.wav", sound, 16000)
+    for channels in (1, 2):
+        ffmpeg("-i", tmp_path / "a.wav", "-ac", channels, "-ar", 44100, tmp_path / f"{channels}.mp3")
+    (tmp_path / "joined.mp3").write_bytes(b"".join((tmp_path / f"{n}.mp3").read_bytes() for n in (1, 2, 1, 2)))
+    ffmpeg(*"-f lavfi -i testsrc=size=32x32:rate=25:duration=9".split(), "-itsoffset", 0.635, "-i", tmp_path / "joined.mp3",
+           *"-map 0 -map 1 -c:a copy".split(), tmp_path / "late.mkv")
+    n_samples = [sum(map(len, media.wave_frames(media.probe(tmp_path / name)))) for name in ("joined.mp3", "late.mkv")]
+    assert n_samples[1] - n_samples[0] == pytest.approx(0.635 * 16000, abs=500)
+
+
+def test_a_mute_file_without_a_length_is_cut_at_pauses(tmp_path, talker_clips):
+    frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips[:2]])
+    write_mp4(tmp_path / "a.mp4", frames, np.zeros(len(frames) * 640))
+    ffmpeg("-i", tmp_path / "a.mp4", "-an", "-c:v", "copy", tmp_path / "a.h264")
+    assert LONGEST not in [start for start, _ in pieces(tmp_path / "a.h264")]
+
+
 def test_a_mute_file_that_is_longer_than_its_header_says_is_read_to_its_end(tmp_path, talker_clips):
     frames = np.concatenate([np.concatenate([clip.frames, clip.frames[-1:].repeat(25, 0)]) for clip in talker_clips[:2]])
     write_mp4(tmp_path / "a.mp4", frames, np.zeros(len(frames) * 640))

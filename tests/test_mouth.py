@@ -103,9 +103,22 @@ def test_the_largest_face_on_average(tmp_path, capsys):
 
 def test_a_face_is_followed_over_a_cut(tmp_path, capsys):
     """Both shots are read, also where they are of another size; nothing is smoothed from one into the other."""
-    shots = [[face(0, 0, 2)]] * 20 + [[face(300, 100)]] * 30
-    points = mouth.fill_gaps(mouth.largest_face(shots, source(tmp_path)), 50, None)
+    shots = [[face(0, 0, 1.5)]] * 40 + [[face(300, 100)]] * 30
+    points = mouth.fill_gaps(mouth.largest_face(shots, source(tmp_path)), 70, None)
     assert np.allclose(mouth.smooth(points), np.stack([shot[0] for shot in shots])) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other, n", [(face(300, 100), 5), (face(300, 100, .4), 30)])
+def test_another_face_in_a_gap_is_not_followed(tmp_path, other, n):
+    """A detector takes something else for a face just when it has lost the real one; a small one is a poster."""
+    shots = [[face()]] * 40 + [[other]] * n + [[face()]] * 40
+    track = mouth.largest_face(shots, source(tmp_path))
+    assert sorted(track) == [*range(40), *range(40 + n, 80 + n)]
+
+
+def test_a_single_wrong_frame_is_smoothed():
+    moved = np.stack([face(40 * (t == 15)) for t in range(30)])
+    assert np.abs(mouth.smooth(moved)[:, 3] - face()[3]).max() < 5
 
 
 # --- files ---

@@ -263,6 +263,16 @@ def test_other_sound_under_the_same_name_is_another_training(tmp_path, talker_cl
     assert "this training has ended" in capsys.readouterr().err
 
 
+def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
+    """`train.py 2>&1 | tee log`: Ctrl-C ends tee too."""
+    def broken(*_):
+        raise BrokenPipeError
+    with pytest.raises(KeyboardInterrupt), Run(train.TrainConfig(out=str(tmp_path)), []) as running:
+        monkeypatch.setattr(run.os, "write", broken)
+        signal.raise_signal(signal.SIGINT)
+        assert running.asked
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
     now = [100.]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
@@ -273,6 +283,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, monkeypatch):
         now[0] = 103.
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("it went on")
+    assert now[0] == 103
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -565,6 +565,7 @@ def test_sample_long_clip_and_subtitles(trained, tmp_path, capsys):
                                             {"start": 3664, "end": 3665, "text": ("b " * 30).strip()}])
     thai = "แล้วก็ไปกินข้าวด้วยกันที่นั่นนะ" * 5
     assert wrap(thai).replace("\n", "") == thai and not any(unicodedata.combining(line[0]) or line[0] == "ิ" for line in wrap(thai).split("\n"))
+    assert wrap("short " + 42 * "x") == "short\n" + 42 * "x" and wrap("a" + 99 * " " + "b") == "a\nb" and wrap("") == ""
     assert (tmp_path / "b.srt").read_text().splitlines() == [
         "1", "01:01:01,500 --> 01:01:02,250", "a", "", "2", "01:01:04,000 --> 01:01:05,000", ("b " * 21).strip(), ("b " * 9).strip()]
 
