@@ -185,12 +185,15 @@ def routing_kept(mome):
 
 def prefetched(make, first, steps, ahead=4):
     """Yield make(first), ... make(steps - 1). A thread works on up to `ahead` of them in advance."""
-    with ThreadPoolExecutor(1) as worker:
+    worker = ThreadPoolExecutor(1)
+    try:
         waiting = deque(worker.submit(make, step) for step in range(first, min(first + ahead, steps)))
         for step in range(first, steps):
             yield waiting.popleft().result()
             if step + ahead < steps:
                 waiting.append(worker.submit(make, step + ahead))
+    finally:
+        worker.shutdown(cancel_futures=True)                 # it ends with the batch at hand
 
 
 def begin_worker(n_threads):
@@ -296,7 +299,7 @@ class Run:
             if not self.asked:
                 self.asked = time.monotonic()
                 with suppress(OSError):                          # a closed pipe, as of `| tee`, must not end the run
-                    os.write(2, is_first() * b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C does not\n")
+                    os.write(2, is_first() * b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C loses it\n")
             elif time.monotonic() > self.asked + 2:              # torchrun repeats the first one at once
                 signal.signal(number, self.handlers[number])
                 signal.raise_signal(number)

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_data.py: the talker, babble, text, real clips."""
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -197,6 +198,20 @@ def test_prefetched_gives_all_steps_in_order_and_passes_on_errors(steps):
     if steps > 2:
         with pytest.raises(ValueError, match="step 2"):
             list(prefetched(fail, 0, steps))
+
+
+def test_what_is_not_needed_any_more_is_not_made():
+    """As after Ctrl-C; a batch may take seconds."""
+    made, may_go_on = [], threading.Event()
+
+    def make(step):
+        made.append(step)
+        assert step == 0 or may_go_on.wait(10)
+    steps = prefetched(make, 0, 99)
+    next(steps)
+    threading.Timer(0.2, may_go_on.set).start()
+    steps.close()
+    assert len(made) <= 2
 
 
 # --- text ---
