@@ -37,7 +37,7 @@ STEPS = 6
 
 
 def command(out, *more):
-    return [*TRAINED, "--steps", str(STEPS), "--device", "cpu", "--out", str(out), "--cache", str(out.parent / "cache"),
+    return [*TRAINED, *"--snr clean --test-clips 3 --steps".split(), str(STEPS), "--device", "cpu", "--out", str(out), "--cache", str(out.parent / "cache"),
             *map(str, more)]
 
 
@@ -601,14 +601,15 @@ def test_experts_without_work_are_named(capsys):
 
 
 def test_a_path_may_be_written_in_another_way(tmp_path, monkeypatch):
-    """clips/ and the whole path are the folder clips: a run goes on, and its stage 1 is found."""
+    """clips/ and the whole path are the folder clips, wherever it lies: a run goes on, and its stage 1 is found."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
 
-    def settings(folder):
-        clips = [Clip(os.path.join(folder, "a.wav"), "bin", log_power=np.zeros((80, 9), np.float16))]
+    def settings(folder, name="a.wav"):
+        clips = [Clip(os.path.join(folder, name), "bin", log_power=np.zeros((80, 9), np.float16))]
         return Run(train.TrainConfig(out="out", data=folder), clips).settings, clips_digest(clips)
-    assert settings("clips") == settings("clips/") == settings(str(tmp_path / "clips")) != settings("other")
+    assert settings("clips") == settings("clips/") == settings(str(tmp_path / "clips")) == settings("/other/clips")
+    assert settings("clips") != settings("clips", "b.wav")
 
 
 def test_a_run_that_began_anew_says_how_to_go_on(tmp_path, capsys):

@@ -211,8 +211,8 @@ def test_frozen_parts_are_found_after_a_comment_in_mome_changes(trained, tmp_pat
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text() + ("\n# one more comment\n" if path.name == "mome.py" else ""))
-    done = subprocess.run([sys.executable, "train.py", *TRAINED, "--out", "out", "--cache", str(trained / "cache")], cwd=tmp_path,
-                          capture_output=True, text=True)
+    argv = [*TRAINED, *"--snr clean --test-clips 3 --steps 1 --out out --cache".split(), str(trained / "cache")]
+    done = subprocess.run([sys.executable, "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("found in") == 3, done.stderr
 
 
@@ -222,7 +222,7 @@ ADAPTERS = {"projectors": ("MoME 0 (0 active", 0), "lora-mss": ("LoRA 200,704 (5
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_other_methods_train_test_and_are_read_again(method, trained, tmp_path, capsys):
-    argv = [*TRAINED, "--out", str(tmp_path / "out"), "--cache", str(trained / "cache"), "--method", method]
+    argv = [*TRAINED, "--snr", "clean", "--out", str(tmp_path / "out"), "--cache", str(trained / "cache"), "--method", method]
     assert train.main(argv) == 0
     printed = capsys.readouterr().out
     names = [name for name in load_file(tmp_path / "out/model.safetensors") if ".mome." in name or ".lora." in name]
