@@ -28,10 +28,10 @@ MAX_RATE = 10_000                                        # the most tokens that 
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 LETTERS = r"[\p{L}\p{M}\p{N}]+"
 WORD = regex.compile(rf"(?!\p{{M}}){LETTERS}(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL])){LETTERS})*")
-EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"       # quotation marks end no word of these
+EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"      # a quotation mark between these is dropped
 HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"“”«»〈-』]+(?={EAST})""")
 FORMS = regex.compile(r"[ĲĳĿŀŉſẛǄ-ǌǱ-ǳ⼀-⿟\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")  # joined or wide
-GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # typed as "
+GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # " for it
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼʻ`´‛′՚׳", "'"))
 
 
@@ -125,7 +125,7 @@ def add_babble(wave, others, snr_db, rng):
 
 
 def in_babble(clip, snr_db, voices, n_voices=4):
-    """The clip in babble of `n_voices` of the clips `voices`, the same at every call. snr_db None: clean."""
+    """The clip in babble of `n_voices` of `voices`, the same wherever its folder lies. snr_db None: clean."""
     if snr_db is None or clip.log_power is None:
         return clip
     rng = random.Random(f"{'/'.join(clip.name.split('/')[-2:])} {snr_db}".encode(errors="surrogateescape"))
@@ -162,7 +162,7 @@ def clip_mel(clip):
 def augmented_mel(clip, rng, voices):
     """The clip's log-mel (M, frames) with a masked band and time. Some clips get babble or lose high bands.
 
-    Real clips, which have no alignment, get babble less often. Of all this the paper has the babble."""
+    Real clips, which have no alignment, get babble less often. The paper has only the babble."""
     power = 10 ** torch.from_numpy(clip.log_power).float()
     if voices and rng.random() < (0.5 if clip.aligned else 0.25):
         power = noisy_power(power, voices, rng)
@@ -185,8 +185,8 @@ def augmented_frames(frames, rng):
 
 def rows_of(clips, streams, rng=None, voices=()):
     """Clips -> {stream: B rows}: audio (frames, M), video (T, H, W), 0 to 1.
-    With a random.Random `rng` clips are augmented by `voices` and, if real, in pace (not in the paper)."""
-    paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]
+    With a random.Random `rng` clips are augmented, with babble of `voices`. Real clips also change pace."""
+    paces = [rng.uniform(0.85, 1.15) if rng and not clip.aligned else 1 for clip in clips]  # not in the paper
     paces = [min(pace, MAX_SECONDS / clip.duration) for pace, clip in zip(paces, clips)]
     rows = {}
     if "audio" in streams:
@@ -249,7 +249,7 @@ def normalize(text):
     text = FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), text)
     text = unicodedata.normalize("NFC", text).translate(PLAIN)
     words = WORD.findall(GERSHAYIM.sub("״", HIDDEN.sub("", text)))
-    lower = " ".join(words).lower().replace("i\u0307", "i")                 # a Turkish capital keeps its dot
+    lower = " ".join(words).lower().replace("i\u0307", "i")                 # Turkish İ is a capital i
     return unicodedata.normalize("NFC", lower)
 
 

@@ -135,7 +135,7 @@ class MoME(nn.Module):
         probs, chosen = self.routed
         choices = torch.zeros_like(probs).scatter(1, chosen, 1.0)         # (N, N_r) of 0 and 1
         counts = self.sum_counts(choices.sum(0))                          # (N_r,)
-        f = counts / counts.sum()                                         # (N_r,) the sum is K N
+        f = counts / counts.sum()                                         # (N_r,) counts.sum() is K N
         P = probs.sum(0) * self.top_k / counts.sum()                      # (N_r,) a mean over N tokens
         return self.n_routed * (f * P).sum()
 
@@ -257,7 +257,7 @@ class SwiGLU(nn.Module):
 
 class Layer(nn.Module):
     """One Llama layer with MoME in parallel. MoME reads the normalised input of the block it stands beside.
-    Beside the whole layer it reads what attention reads (not in the paper). That block's output gets it."""
+    Beside the whole layer it reads what attention reads (not in the paper). Its output joins the block's."""
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -275,7 +275,7 @@ class Layer(nn.Module):
         h_mlp = self.post_attention_layernorm(y)
         z = y + self.mlp(h_mlp)
         if self.place == "ffn":
-            z = z + self.mome(h_mlp)                # beside the feed-forward
+            z = z + self.mome(h_mlp)            # beside the feed-forward
         if self.place == "layer":
             z = z + self.mome(h)                # beside the whole layer
         return z

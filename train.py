@@ -6,7 +6,7 @@
     python train.py --method lora                                         a baseline (extras/baselines.py)
     python train.py --preset paper --dry-run                              what the paper's model costs
 
-    stage 1  the two encoders   small stand-ins (toy/pretrain.py), then on --data; or --audio-encoder ...
+    stage 1  the two encoders   small stand-ins (toy/pretrain.py), or --audio-encoder, --video-encoder
     stage 2  the Llama          a small stand-in, or --llm
     stage 3  the paper          encoders and Llama frozen; projectors, markers and MoME learn from all rates
 

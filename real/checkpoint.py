@@ -155,7 +155,7 @@ def read_model(folder, config, paths, verify, device):
             raise CheckpointError(f"{folder}: its {part} part is not at {path}; say where it is: {FLAGS[part]} PATH")
         known, found = parts[part], identify_part(part, path, whole=verify)
         differences = ", ".join(f"{key} is {str(value)[:16]}, not {str(known[key])[:16]}"
-                                for key, value in found.items() if value != known.get(key, value))    # older ones have no "tokenizer"
+                                for key, value in found.items() if value != known.get(key, value))    # some lack "tokenizer"
         if differences:
             raise CheckpointError(f"{path}: not the {part} part that {folder} was trained with: its {differences}")
     experts = {name: saved["llm"][name] for name in EXPERTS}

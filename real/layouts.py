@@ -33,7 +33,7 @@ ERROR_CELL = re.compile(r"#[^\s#]+[!?]|#N/?[AV]|Err:\d+")           # what a spr
 MANIFESTS = {"manifest.csv", "manifest.tsv"}
 LISTS = MANIFESTS | {"train.tsv", "train.txt", "pretrain.txt"}    # one of these shows the folder of a table layout
 TEXTS = {".txt", ".csv", ".tsv", ".md", ".transcription", ".fileids", ".dic", ".lm", ".json", ".html"}
-TAG = re.compile(r"[<＜][^<>＜＞]*[>＞]|[{｛][^{}｛｝]*[}｝]|[\[［][^][［］]*[]］]|\+\+\S*\+\+")    # [MUSIC] and the like are no words
+TAG = re.compile(r"[<＜][^<>＜＞]*[>＞]|[{｛][^{}｛｝]*[}｝]|[\[［][^][［］]*[]］]|\+\+\S*\+\+")    # as [MUSIC]: no word
 CUT_SECONDS = 20       # where word times are known, a clip that is too long is cut into pieces of about this length
 
 

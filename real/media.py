@@ -273,7 +273,7 @@ def too_long(source):
 
 
 def late_samples(source):
-    """Samples by which a source's sound begins after its start, which is that of its first stream."""
+    """Samples by which a source's sound begins after the source, which begins with the earlier of its streams."""
     text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
     first = re.search(r" pts_time:(-?[\d.]+)", text)
     return max(0, round(SAMPLE_RATE * (float(first[1]) - source.start))) if first else 0
@@ -282,8 +282,8 @@ def late_samples(source):
 def wave_frames(source):
     """Yield a source's sound in arrays (640,) float32, one for each frame. The last may be shorter.
 
-    ffmpeg builds the filters anew where the channels or the rate change. So first_pts of aresample would pad again, and a
-    gap just there is lost."""
+    Zeros stand before sound that begins late. ffmpeg could add them by first_pts of aresample. But it builds its filters
+    anew where the channels or the rate change, and would add them again there. A gap just there is lost."""
     if source.late > source.max_seconds * SAMPLE_RATE:
         raise too_long(source)
     yield from [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (source.late // SAMPLES_PER_FRAME)
@@ -295,7 +295,7 @@ def wave_frames(source):
             if not (np.abs(wave) < 100).all():
                 raise clip_error(source.path, "its sound has samples that are not numbers, or far beyond -1 to 1; "
                                               "export it anew")
-            wave = np.concatenate([rest, wave]) if source.late else wave
+            wave = np.concatenate([rest, wave])
             yield wave[:SAMPLES_PER_FRAME]
             rest = wave[SAMPLES_PER_FRAME:]
     if len(rest):

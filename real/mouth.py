@@ -137,8 +137,9 @@ def find_landmarks(source):
 def largest_face(faces, source):
     """The faces (P,) of each frame -> {frame: landmarks} of the face that is largest on average over all frames.
 
-    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Tracks of a
-    second or more, at least half as large and never seen together with the largest one, continue it too. Raises ClipError."""
+    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. A track that
+    is never seen together with the largest one continues it too, if it lasts a second and is more than half as large.
+    Raises ClipError."""
     tracks = []
     for t, detected in enumerate(faces):
         for face in map(np.array, detected):

@@ -28,7 +28,8 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 from torch.utils.checkpoint import checkpoint
 
 from mome import MoME
-from real.files import HALF, CheckpointError, TrainingError, digest, is_first, make_folder, note, plain, write_json, write_together
+from real.files import (HALF, CheckpointError, TrainingError, digest, is_first, make_folder, note, plain, write_json,
+                        write_together)
 from real.folders import stamp
 
 CORES = torch.get_num_threads()          # what torch takes when nobody asks it to share
@@ -193,7 +194,7 @@ def prefetched(make, first, steps, ahead=4):
             if step + ahead < steps:
                 waiting.append(worker.submit(make, step + ahead))
     finally:
-        worker.shutdown(cancel_futures=True)                 # it ends with the batch at hand
+        worker.shutdown(cancel_futures=True)                 # after the batch at hand
 
 
 def begin_worker(n_threads):
@@ -298,8 +299,9 @@ class Run:
         def ask_to_stop(number, _):
             if not self.asked:
                 self.asked = time.monotonic()
+                told = b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C loses it\n"
                 with suppress(OSError):                          # a closed pipe, as of `| tee`, must not end the run
-                    os.write(2, is_first() * b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C loses it\n")
+                    os.write(2, told * is_first())
             elif time.monotonic() > self.asked + 2:              # torchrun repeats the first one at once
                 signal.signal(number, self.handlers[number])
                 signal.raise_signal(number)
@@ -355,7 +357,8 @@ class Run:
         names = self.settings.keys() | settings.keys()
         for name in sorted(names, key=lambda name: (name in ("clips", "frozen"), name)):    # they follow from others
             if self.settings.get(name) != settings.get(name):
-                others = {"clips": "the training clips (of a large folder the times of their files count)", "frozen": "the frozen parts, or what clips hold"}
+                others = {"clips": "the training clips (of a large folder the times of their files count)",
+                          "frozen": "the frozen parts, or what clips hold"}
                 flag = others.get(name, f"--{name.replace('_', '-')}")
                 then, now = settings.get(name), self.settings.get(name)
                 raise CheckpointError(f"{self.path}: of a run with other settings: {flag} was {then!r}, is {now!r}; "

@@ -163,8 +163,8 @@ def set_up(config, tasks, device, watch):
         keys = {stream: [whole[stream], asdict(sizes[stream]), str(dtype_on(device))] for stream in model.encoders}
         features = Features(cache_folder(config) / "features", model, keys, clips["train"], config.copies, config.seed)
         watch.lap("encoding clips")
-    read = known.get("llm", {}).get("tokenizer"), asdict(model.config)
-    origin = {"parts": known, "words": words, "frozen": digest([whole, read, features and features.babble_key])[:12],
+    texts_as = known.get("llm", {}).get("tokenizer"), asdict(model.config)     # how ids are made and read
+    origin = {"parts": known, "words": words, "frozen": digest([whole, texts_as, features and features.babble_key])[:12],
               "tested": split_digest(config, clips["test"])}
     return model, clips, tokenizer, origin, features
 
