@@ -89,13 +89,17 @@ def toy_lists():
 
 def real_lists():
     """The lists with real voices and faces, and the list `gpu`: one seed each."""
-    frozen = "--tasks asr --llm {llm} --audio-encoder {whisper} --snr clean"
+    frozen = "--tasks asr --llm {llm} --audio-encoder {whisper}"
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
-    an4 = f"--data {{shared}}/an4 {frozen} --rates-per-step 1 --copies"
-    both = f"--data {{runs}}/open {frozen} --rates-per-step 1 --copies 1 --valid-every 500 --steps"
+    digits = "--data {shared}/digits"
+    an4 = f"--data {{shared}}/an4 {frozen} --snr clean --rates-per-step 1 --copies"
+    both = f"--data {{runs}}/open {frozen} --snr clean --rates-per-step 1 --copies 1 --valid-every 500 --steps"
     gpu = "--device cuda"
     decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
     return {
+        "digits": [Trial("mome", "4,8,16", "stand-ins", f"{digits} --tasks asr", "digits", **one),
+                   *(Trial(method, "4,8,16", "", f"{digits} {frozen} --valid-every 100", "digits", **one)
+                     for method in ("mome", "projectors"))],
         "an4": [*(Trial(method, "4,8,16", "", f"{an4} 2 --steps 3000", "an4", **one) for method in methods),
                 Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again="--eval-only --beam 5", **one),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),

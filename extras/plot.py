@@ -208,7 +208,9 @@ def tables(rows):
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
               for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
     opened |= {"MoME, 3,000 steps, greedy": ("mome", "3,000 steps")}
+    digits = {"MoME": ("mome", ""), "projectors only": ("projectors", ""), "MoME, all parts stand-ins": ("mome", "stand-ins")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
+    sound = {name: condition for name, condition in CONDITIONS.items() if condition[0] == "asr"}
     return {
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
@@ -225,6 +227,7 @@ def tables(rows):
         "experts": by_variant(toy, "2,4,8", default | experts),
         "causes": by_variant(toy, "2,4,8", {"MoME": ("mome", ""), "LoRA": ("lora", "")} | causes),
         "ideas": by_condition(chosen(rows, data="synthetic", split="valid"), "2,4,8", ideas, heard),
+        "digits": by_condition(chosen(tested, data="digits"), "4,8,16", digits, sound),
         "an4": by_condition(
             chosen(tested, data="an4"), "4,8,16",
             few | {f"MoME, {variant}": ("mome", variant) for variant in ("beam 5", "2,200 steps", "5 copies")}, clean),
