@@ -28,15 +28,15 @@ MAX_RATE = 10_000                                        # the most tokens that 
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 LETTERS = r"[\p{L}\p{M}\p{N}]+"
 WORD = regex.compile(rf"(?!\p{{M}}){LETTERS}(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL])){LETTERS})*")
-EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"      # a quotation mark between these is dropped
+EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"  # HIDDEN drops quotation marks between two
 HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"“”«»〈-』]+(?={EAST})""")
 FORMS = regex.compile(r"[ĲĳĿŀŉſẛǄ-ǌǱ-ǳ⼀-⿟\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")  # joined or wide
-GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # " for it
+GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # " in its place
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼʻ`´‛′՚׳", "'"))
 
 
 class ClipError(ValueError):
-    """A clip, folder or transcript that cannot be used. The message names the file and says what to do."""
+    """A clip, folder, transcript or rate that cannot be used. The message names it and says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def add_babble(wave, others, snr_db, rng):
 
 
 def in_babble(clip, snr_db, voices, n_voices=4):
-    """The clip in babble of `n_voices` of `voices`, the same wherever its folder lies. snr_db None: clean."""
+    """The clip in babble of `n_voices` others, drawn by its name. snr_db None: clean. Raises ClipError."""
     if snr_db is None or clip.log_power is None:
         return clip
     rng = random.Random(f"{'/'.join(clip.name.split('/')[-2:])} {snr_db}".encode(errors="surrogateescape"))
@@ -150,7 +150,7 @@ def noisy_power(power, voices, rng):
 
 # --- batches ----------------------------------------------------------------------------------------------
 def stretch(x, factor):
-    """x (T, ...) -> (T * factor, ...): row t of the result is row floor(t / factor) of x. 2: half speed."""
+    """x (T, ...) -> (T * factor, ...): row t is row floor(t / factor) of x. A factor of 2 is half speed."""
     return x[(torch.arange(round(len(x) * factor)) / factor).long()] if factor != 1 else x
 
 
@@ -162,7 +162,7 @@ def clip_mel(clip):
 def augmented_mel(clip, rng, voices):
     """The clip's log-mel (M, frames) with a masked band and time. Some clips get babble or lose high bands.
 
-    Real clips, which have no alignment, get babble less often. The paper has only the babble."""
+    Real clips, which have no alignment, get babble less often. All but babble: not in the paper."""
     power = 10 ** torch.from_numpy(clip.log_power).float()
     if voices and rng.random() < (0.5 if clip.aligned else 0.25):
         power = noisy_power(power, voices, rng)
@@ -202,19 +202,19 @@ def rows_of(clips, streams, rng=None, voices=()):
 
 def padded(rows):
     """{stream: B rows (T, ...)} -> {stream: (x (B, T, ...), lengths (B,))}, zero-padded."""
-    features = {}
+    inputs = {}
     for stream, xs in rows.items():
         lengths = torch.tensor([len(x) for x in xs])
-        features[stream] = pad_sequence(xs, batch_first=True), lengths
-    return features
+        inputs[stream] = pad_sequence(xs, batch_first=True), lengths
+    return inputs
 
 
 def to_inputs(rows):
     """Rows -> what encoders read, {stream: (x, lengths)}: audio (B, M, frames), video (B, 1, T, H, W)."""
-    features = padded(rows)
-    for stream, (x, lengths) in features.items():
-        features[stream] = x.mT.contiguous() if stream == "audio" else x[:, None], lengths
-    return features
+    inputs = padded(rows)
+    for stream, (x, lengths) in inputs.items():
+        inputs[stream] = x.mT.contiguous() if stream == "audio" else x[:, None], lengths
+    return inputs
 
 
 def batch(clips, streams, rng=None, voices=()):
@@ -222,9 +222,9 @@ def batch(clips, streams, rng=None, voices=()):
     return to_inputs(rows_of(clips, streams, rng, voices))
 
 
-def to_device(features, device):
+def to_device(inputs, device):
     """The same {stream: (x, lengths)} on a device."""
-    return {stream: (x.to(device), lengths.to(device)) for stream, (x, lengths) in features.items()}
+    return {stream: (x.to(device), lengths.to(device)) for stream, (x, lengths) in inputs.items()}
 
 
 @lru_cache(maxsize=8)
@@ -245,7 +245,7 @@ def drawn_clips(clips, size, seed, step):
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
-    NFC, and NFKC of FORMS, make equal words equal. Training, WER and transcripts share this."""
+    NFC, and NFKC of FORMS, give a word one coding. Training, WER and transcripts share this."""
     text = FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), text)
     text = unicodedata.normalize("NFC", text).translate(PLAIN)
     words = WORD.findall(GERSHAYIM.sub("״", HIDDEN.sub("", text)))

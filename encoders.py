@@ -176,7 +176,7 @@ class AudioEncoder(nn.Module):
         """mel (B, M, frames), lengths (B,) in frames -> (B, T, D) with T = ceil(frames / 2).
 
         Padding is zeroed before each convolution, so a padded clip gives the same tokens as the clip alone.
-        More than `max_tokens` tokens are an error: cut the clip first."""
+        AssertionError for more than `max_tokens` tokens: cut the clip."""
         if lengths is None:
             lengths = torch.full((len(mel),), mel.shape[-1], device=mel.device)
         valid = valid_mask(lengths, mel.shape[-1])[:, None]                   # (B, 1, frames)

@@ -2,7 +2,7 @@
 
 Read downward: configs -> MoME, the idea -> a Llama with MoME beside its layers -> Matryoshka pooling and
 projectors -> AVSR, the whole model with its loss. train.py trains it and sample.py decodes with it.
-Choices that the paper does not settle are marked `not in the paper`. Axes, in names and shape comments:
+What differs from the paper or adds to it is marked `not in the paper`. Axes, in names and shape comments:
 
     B batch    N tokens of all clips, flattened        E experts: N_s shared ones first, then N_r routed ones
     T time     H attention heads                       K routed experts that one token is sent to (top_k)
@@ -128,8 +128,8 @@ class MoME(nn.Module):
 
     @property
     def balance_loss(self):
-        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. P_e: e's mean
-        probability. f_e: e's share of all choices, a K-th of its share of the tokens (not in the paper)."""
+        """N_r * sum_e f_e P_e of the last call (Switch Transformer); 1 for an even load. f_e: e's share of
+        the N K choices, not of the N tokens (not in the paper). P_e: e's mean probability."""
         if self.routed is None:
             return self.down.new_zeros(())
         probs, chosen = self.routed
@@ -163,10 +163,10 @@ class MoME(nn.Module):
     @staticmethod
     def grouped(x, gates, experts, down, down_bias, up, up_bias):
         """Tokens sorted by expert, so that one grouped product serves all experts: the least arithmetic.
-        But every token is copied A times. F.grouped_mm needs rows of whole 16 bytes: zeros are added to R."""
+        But every token is copied A times. F.grouped_mm needs rows of n * 16 bytes: zeros are added to R."""
         (E, R, D), A = down.shape, experts.shape[1]
         if D * x.element_size() % 16:
-            raise ValueError(f"path 'grouped': a row of {D} numbers is not whole 16 bytes; use 'wide'")
+            raise ValueError(f"path 'grouped': a row of {D} numbers is not n * 16 bytes; use 'wide'")
         expert, order = experts.flatten().sort()                          # (N * A,)
         token = order // A
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True).int()
@@ -182,7 +182,7 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """`grouped` skips E - A experts but copies a token A times: faster from about (E - A) R = 64 A on."""
+        """"grouped" if it pays: it skips E - A experts but copies a token A times. Else "wide"."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
         supported = supported and D * x.element_size() % 16 == 0
@@ -257,7 +257,7 @@ class SwiGLU(nn.Module):
 
 class Layer(nn.Module):
     """One Llama layer with MoME in parallel. MoME reads the normalised input of the block it stands beside.
-    Beside the whole layer it reads what attention reads (not in the paper). Its output joins the block's."""
+    Beside the whole layer MoME reads the input of attention (not in the paper). The outputs are added."""
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -369,7 +369,7 @@ def pool(x, lengths, rate):
 
 
 class Projector(nn.Sequential):
-    """Encoder width -> LLM width. One per stream serves all rates, trained or not (not in the paper)."""
+    """(..., D_encoder) -> (..., D). One per stream for all rates, also untrained ones (not in the paper)."""
     def __init__(self, d_in, d_hidden, d_out):
         super().__init__(
             nn.Linear(d_in, d_hidden), nn.ReLU(),
@@ -378,12 +378,12 @@ class Projector(nn.Sequential):
 
 # --- the whole model --------------------------------------------------------------------------------------
 class AVSR(nn.Module):
-    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Trained are projectors, MoME
-    and each stream's markers (that these are trained is not in the paper). The Llama reads the streams used:
+    """Frozen encoders -> pooling -> projectors -> frozen Llama with MoME. Projectors, MoME and
+    each stream's two markers are trained (trained markers: not in the paper). The Llama reads:
 
-        <bos> <audio> A </audio> <video> V </video> prompt transcript <eos>
+        <bos> <audio> sound </audio> <video> lips </video> prompt transcript <eos>
 
-    features: {stream: (x, lengths)}, "audio" log-mels (B, M, frames), "video" mouths (B, 1, T, rows, cols).
+    inputs: {stream: (x, lengths in frames)}, "audio" (B, mels, frames), "video" (B, 1, T, rows, cols).
     rates: {stream: rate} of the streams that are used, sound before lips."""
     def __init__(self, config: AVSRConfig, llm=None, audio=None, video=None):
         """Pretrained modules may be passed in (llm, audio, video). The others are built from `config`."""
@@ -416,10 +416,10 @@ class AVSR(nn.Module):
         return self
 
     @torch.no_grad()
-    def encode(self, features):
+    def encode(self, inputs):
         """Each stream once, for all rates -> {stream: (tokens (B, T, D_encoder), lengths (B,))}."""
         encoded = {}
-        for stream, (x, lengths) in features.items():
+        for stream, (x, lengths) in inputs.items():
             encoder = self.encoders[stream]
             tokens = encoder(x.to(encoder.norm.weight.dtype), lengths)
             encoded[stream] = tokens, encoder.n_tokens(lengths)

@@ -84,8 +84,8 @@ class KVCache:
 def generate(llm, prefixes, eos, beam=1, max_tokens=32):
     """Continue `prefixes` (B tensors (T_b, D)) -> B pairs (token ids, mean log-probability per token).
 
-    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. Beams survive by their
-    total log-probability. An ended one keeps its total. The highest mean wins (not in the paper)."""
+    Beam search; a width of 1 is greedy decoding. <eos> is scored but not returned. Totals of
+    log-probability rank beams. An ended beam keeps its total. The best mean wins (not in the paper)."""
     B, W, V = len(prefixes), beam, llm.config.vocab_size
     device = prefixes[0].device
     clip = torch.arange(B, device=device)
@@ -161,9 +161,9 @@ def trained_rates(task, saved):
 # --- transcribe a clip ------------------------------------------------------------------------------------
 @torch.no_grad()
 def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segment=None, **loading):
-    """Transcribe the clip at `path` -> the dict that --json prints. tokens: those that the LLM reads before
-    the first word. duration: the end of the last piece, in s. seconds: those spent. logprob: mean over output
-    tokens. segments: a dict for each piece; `on_segment` is called with each. rate: see decoder_at. box: see
+    """Transcribe the clip at `path` -> the dict that --json prints. tokens: read by the LLM before the first
+    word. duration: the end of the last piece, in s. seconds: computing time. logprob: mean of output tokens.
+    segments: a dict for each piece; `on_segment` is called with each. rate: see decoder_at. box: see
     real/mouth.py. loading: see load_for_use. Raises ClipError, ValueError, CheckpointError, WeightsError."""
     model, saved, tokenizer = load_for_use(str(ckpt), **loading)
     began, segments, n_ids = time.perf_counter(), [], []
@@ -183,8 +183,8 @@ def transcribe(path, ckpt="out", rate=None, task=None, beam=1, box=None, on_segm
                 own_task = choose_task(path, streams, model, None, saved["tasks"])
                 has_threshold = rate != "auto" or own_task in saved["auto"]
                 decoders[streams] = decoder_at(rate if has_threshold else None, own_task, saved)
-            features = to_device(batch(clips, streams), model.device)
-            answers = decoders[streams](model, model.encode(features), beam=beam)
+            inputs = to_device(batch(clips, streams), model.device)
+            answers = decoders[streams](model, model.encode(inputs), beam=beam)
             for start, clip, (ids, logprob, rates, n_tokens) in zip(starts, clips, answers):
                 n_ids.append(len(ids) + 1)                                   # with <eos>
                 segments.append({

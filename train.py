@@ -10,7 +10,7 @@
     stage 2  the Llama          a small stand-in, or --llm
     stage 3  the paper          encoders and Llama frozen; projectors, markers and MoME learn from all rates
 
---cache keeps stages 1 and 2 and the outputs of real encoders. No stage meets our test sentences or talkers.
+--cache keeps stages 1 and 2 and real encoders' outputs. No stage meets the toy's test sentences or talkers.
 """
 from real.script import in_one_line, run_script  # before torch: Ctrl-C then ends quietly at any time
 import math
@@ -53,11 +53,11 @@ class TrainConfig:
     tasks: str = flag("avsr,asr,vsr", "what to train and test: audio-visual, audio-only, video-only")
     method: str = flag("mome", "what is trained in the LLM, see extras/baselines.py", choices=METHODS)
     data: str = flag("", "folder of clips with transcripts, see docs/real.md (default: the synthetic talker)")
-    max_bad: str = flag("1%", "share of these clips that may be unusable")
-    disjoint: bool = flag(False, "leave out training clips that say a sentence of its test split")
-    box: str = flag("", "x,y,w,h of the mouth in the pictures (default: it is searched)")
-    seed: int = flag(0, "of everything random", least=0)
-    steps: int = flag(0, "of stage 3; 0: by --epochs, else 1700, 3500 with --data, 700 with --llm", least=0)
+    max_bad: str = flag("1%", "share of the clips of --data that may be bad")
+    disjoint: bool = flag(False, "leave out training clips that say the sentence of a test clip")
+    box: str = flag("", "x,y,w,h of the mouth (default: small squares are mouths, else searched)")
+    seed: int = flag(0, "seed of everything random", least=0)
+    steps: int = flag(0, "steps of stage 3; 0: by --epochs, else 1700, --data 3500, --llm 700", least=0)
     epochs: float = flag(0., "length of stage 3 in passes over the training clips, if --steps is 0", least=0)
     snr: str = flag("clean,0,-5", "noise in the test: dB of speech over babble")
     eval_only: bool = flag(False, "test the model in --out, train nothing")
@@ -76,7 +76,7 @@ class TrainConfig:
     bottleneck: int = flag(LlamaConfig.bottleneck, "width of an expert", least=1)
     place: str = flag(LlamaConfig.place, "MoME stands beside attention, feed-forward, layer", choices=PLACES)
     balance: float = flag(0.01, "weight of the balancing loss", least=0)
-    rank: int = flag(0, "of LoRA; 0: as many parameters as MoME has active", least=0)
+    rank: int = flag(0, "rank of LoRA; 0: as many parameters as MoME has active", least=0)
     projector_per_rate: bool = flag(False, "a projector for each rate of a stream")
     batch_size: int = flag(4, "clips in a step of stage 3, of all processes of torchrun together", least=1)
     batch_seconds: float = flag(120., "seconds of clips that a process computes at a time", least=1)
@@ -85,14 +85,14 @@ class TrainConfig:
     checkpointing: bool = flag(False, "compute activations of the LLM twice, to save memory")
     compile: bool = flag(False, "compile the layers of the LLM by torch.compile")
     lr: float = flag(0., "peak learning rate; 0: 3e-3, lora 4.5e-3, projectors 2e-3; --data 1.5e-3", least=0)
-    weight_decay: float = flag(0.1, "of stage 3", least=0)
+    weight_decay: float = flag(0.1, "weight decay of stage 3", least=0)
     clips: int = flag(3000, "training clips of the synthetic talker", least=1)
-    valid_clips: int = flag(200, "its clips that set the threshold of sample.py --rate auto", least=1)
-    test_clips: int = flag(500, "its test clips", least=1)
-    audio_steps: int = flag(650, "of stage 1, audio encoder", least=1)
-    video_steps: int = flag(600, "of stage 1, video encoder", least=1)
-    ctc_steps: int = flag(1500, "of stage 1 with --data, each encoder, after those on the talker", least=1)
-    llm_steps: int = flag(1000, "of stage 2", least=1)
+    valid_clips: int = flag(200, "talker clips that set the threshold of sample.py --rate auto", least=1)
+    test_clips: int = flag(500, "test clips of the talker", least=1)
+    audio_steps: int = flag(650, "steps of stage 1, audio encoder", least=1)
+    video_steps: int = flag(600, "steps of stage 1, video encoder", least=1)
+    ctc_steps: int = flag(1500, "more of them with --data, each encoder, on its clips", least=1)
+    llm_steps: int = flag(1000, "steps of stage 2", least=1)
     projector_dim: int = flag(0, "hidden width of the projectors; 0: the LLM's width, at least 256", least=0)
     valid_every: int = flag(0, "steps between tests on held-out clips; 0: no test, no clip held out", least=0)
     save_every: float = flag(5., "minutes between states of stage 3 in --out, from which it goes on", least=0)
@@ -119,8 +119,8 @@ class TrainConfig:
 
 # --- stage 3: the paper -----------------------------------------------------------------------------------
 def encode_parts(model, clips, shares, task, rng, voices, features):
-    """Augment clips and encode them, once for all rates. Yields {stream: (tokens, lengths)} for each of
-    `shares`, see real.run.split_step. `features`: outputs of real encoders, see real/features.py."""
+    """Augment clips and encode them once for all rates. Yields {stream: (tokens (B, T, D), lengths (B,))} for
+    each of `shares`, see real.run.split_step. features: real.features.Features of real encoders, or None."""
     streams = TASKS[task]
     of_clips = features.rows(clips, streams, rng) if features else rows_of(clips, streams, rng, voices)
     for _, rows in shares:
@@ -130,7 +130,7 @@ def encode_parts(model, clips, shares, task, rng, voices, features):
 
 
 def learning_rate(step, steps, peak):
-    """A linear warm-up, then half a cosine from `peak` to 5 % of it. The paper has the cosine alone."""
+    """A linear warm-up (not in the paper), then half a cosine from `peak` to 5 % of it."""
     warmup = (step + 1) / min(30, steps // 10 + 1)
     cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
     return peak * min(warmup, cosine)

@@ -194,10 +194,10 @@ def print_parameters(counts, adapter):
 
 
 def print_rows(task, rows, beam):
-    """A line for each set of rates. "span" is how many times fewer FLOPs it takes than the first row."""
+    """A line for each set of rates. "fewer": the first row's FLOPs over those of this row."""
     seconds, first = rows[0]["seconds"], rows[0]
     print(f"\n{task}, a clip of {seconds} s, {math.ceil(OUTPUT_TOKENS_PER_SECOND * seconds)} tokens of output\n"
-          f"{'rates':>9} {'tokens':>7} {'TFLOPs':>8} {'of them LLM':>12} {'span':>6} {'LLM alone':>10} "
+          f"{'rates':>9} {'tokens':>7} {'TFLOPs':>8} {'of them LLM':>12} {'fewer':>6} {'LLM alone':>10} "
           f"{f'cache at beam {beam}':>18} {'training, per clip':>19}")
     for row in rows:
         rates = ":".join(map(str, row["rates"].values()))

@@ -39,26 +39,26 @@ def read(folder, paths=None):
 def clip_picture(figure, folder, path=None):
     """Draw eight mouths, the log-mel, and the windows that become one token at each trained rate."""
     model, config, (clip, *_), task = read(folder, path and [path])
-    features, rate_sets, end = batch([clip], TASKS[task]), task_rates(task, config["rates"]), clip.duration
+    inputs, rate_sets, end = batch([clip], TASKS[task]), task_rates(task, config["rates"]), clip.duration
     heights = {"video": 0.85, "audio": 1.5, "tokens": 0.25 * len(rate_sets) * (len(TASKS[task]) + 0.6)}      # inches
-    heights = {name: height for name, height in heights.items() if name in (*features, "tokens")}
+    heights = {name: height for name, height in heights.items() if name in (*inputs, "tokens")}
     figure.set_size_inches(10.4, sum(heights.values()) + 1.1)
     panels = dict(zip(heights, figure.subplots(len(heights), sharex=True, height_ratios=list(heights.values()))))
-    if "video" in features:
-        frames, size = features["video"][0][0, 0].numpy(), model.config.video.size
+    if "video" in inputs:
+        frames, size = inputs["video"][0][0, 0].numpy(), model.config.video.size
         edge = (frames.shape[-1] - size) // 2
         for i in range(8):
             picture = frames[int((i + 0.5) / 8 * len(frames)), edge:edge + size, edge:edge + size]
             extent = (i + 0.03) * end / 8, (i + 0.97) * end / 8, 0, 1
             panels["video"].imshow(picture, "gray", vmin=0, vmax=1, extent=extent, aspect="auto")
-    if "audio" in features:
-        panels["audio"].imshow(features["audio"][0][0].numpy(), "magma", origin="lower", extent=(0, end, 0, 1),
+    if "audio" in inputs:
+        panels["audio"].imshow(inputs["audio"][0][0].numpy(), "magma", origin="lower", extent=(0, end, 0, 1),
                                aspect="auto")
     y, labels, tokens = 0, {}, panels["tokens"]
     for rates in rate_sets:
         counts = []
         for stream, rate in rates.items():
-            seconds, n = rate / TOKENS_PER_SECOND[stream], int(model.encoders[stream].n_tokens(features[stream][1])[0])
+            seconds, n = rate / TOKENS_PER_SECOND[stream], int(model.encoders[stream].n_tokens(inputs[stream][1])[0])
             starts, (name, colour) = np.arange(-(-n // rate)) * seconds, STYLES[stream]
             tokens.barh(y, np.minimum(seconds, end - starts), 0.85, starts, color=colour, edgecolor="white")
             counts, labels[y], y = [*counts, len(starts)], f"{name}, rate {rate}", y + 1
@@ -71,7 +71,7 @@ def clip_picture(figure, folder, path=None):
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
     tokens.set_yticks(list(labels), list(labels.values()))
-    names = " + ".join(STYLES[stream][0] for stream in features)
+    names = " + ".join(STYLES[stream][0] for stream in inputs)
     tokens.set(ylim=(y - 1, -0.6), xlabel=f"seconds          right: tokens of {names} + markers and prompt")
     text = Path(clip.name).with_suffix(".txt")
     figure.suptitle(f"“{text.read_text('utf-8').strip()}”" if text.is_file() else Path(clip.name).name)
@@ -145,7 +145,7 @@ def draw_similarity(figure, folder):
 
 
 def routing_picture(figure, folder):
-    """Draw a heat map of layers and experts per rate. Print how far the activations of rates and layers agree."""
+    """Draw a heat map of layers and experts per rate. Print how the shares correlate over rates and layers."""
     found = routing(folder)
     shares = np.stack(list(found.values()))                                           # (rates, layers, N_r)
     n_rates, n_layers, n_routed = shares.shape
@@ -162,7 +162,7 @@ def routing_picture(figure, folder):
     figure.colorbar(image, ax=list(panels), label="% of choices", pad=0.01)
     for names, groups in (("rates at the same layer", shares.swapaxes(0, 1)), ("layers at the same rate", shares)):
         values = [np.corrcoef(a, b)[0, 1] for group in groups for a, b in combinations(group, 2)]
-        print(f"mean correlation of the activation between {names}: {np.mean(values or np.nan):.2f}")
+        print(f"mean correlation of the shares between {names}: {np.mean(values or np.nan):.2f}")
 
 
 @in_one_line("pictures.py", ImportError, ValueError, OSError)

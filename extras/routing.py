@@ -1,8 +1,9 @@
 """Where tokens are sent: do a router's choices agree between rates?
 
 A token at rate 8 is the mean of four tokens at rate 2. If rates share experts, it should be sent where those four were
-sent. `agreement` is the share of the coarse token's K experts that a fine token of the same moment has too. Beside it stand
-the same share with fine tokens of another moment of that clip, and with those of another layer, whose experts are others.
+sent. `agreement` is the share of the coarse token's K experts that a fine token of the same moment has too. Beside it
+stand two such shares: with fine tokens of another moment of that clip, and with those of another layer, which has other
+experts.
 
     python -m extras.pictures agreement out --save docs/agreement.png     the heat map; the numbers are printed
     python -m extras.pictures similarity out --save docs/similarity.png   cosine of pooled tokens, across rates and streams

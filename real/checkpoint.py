@@ -50,7 +50,7 @@ def identify(paths):
 
 
 def identify_part(part, path, whole):
-    """The cheap fingerprint of a real part, with `whole` also the other one, and a hash of an LLM's tokenizer."""
+    """The fingerprint of a part by samples, with `whole` also by every byte; of an LLM also its tokenizer's hash."""
     found = fingerprint(path) | (fingerprint(path, whole=True) if whole else {})
     if part == "llm":
         found["tokenizer"] = hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
@@ -130,7 +130,7 @@ def fixed_digest(config):
 def load_for_use(ckpt, verify=False, device="auto", **paths):
     """A checkpoint folder, and paths of its real parts (llm, audio, video) -> model, config, tokenizer.
 
-    The last one is kept, until its folder is written again."""
+    The last model is kept until its folder is written again. Raises CheckpointError, WeightsError."""
     config = Path(ckpt, "config.json")
     changed = config.stat().st_mtime_ns if config.is_file() else None
     return load_once(changed, ckpt, verify, device, tuple((part, path) for part, path in paths.items() if path))
@@ -138,7 +138,7 @@ def load_for_use(ckpt, verify=False, device="auto", **paths):
 
 @lru_cache(maxsize=1)
 def load_once(changed, ckpt, verify, device, paths):
-    """For load_for_use. Another `changed` is another model."""
+    """load_for_use, cached. changed: the time of config.json."""
     model, config = load_model(ckpt, dict(paths), verify, choose_device(device))
     return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
 
@@ -180,5 +180,5 @@ def as_tuples(values):
 
 
 def reading(audio, video):
-    """How clips are read for encoders of these configs: size of pictures, number of mel bands. None is a stand-in's."""
+    """How clips are read for encoders of these configs: size of pictures, number of mel bands. None: as a stand-in."""
     return {"size": (video or VideoConfig()).picture, "n_mels": (audio or AudioConfig()).n_mels}

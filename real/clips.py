@@ -32,7 +32,7 @@ def read_pieces(source, longest, size=32, text="", n_mels=80, streams=("audio", 
     """Yield (start in seconds, Clip) for each piece of a media.Source. Raises ClipError.
 
     Pieces are cut at pauses and are at most `longest` seconds long. A missing or silent stream is None in the clip.
-    With `longest` None the file, or `span` (start and end in seconds) of it, is one piece; what is over 30 s follows.
+    If `longest` is None, `span` (start and end in seconds) is one piece; without it, the file is cut every 30 s.
     Much damage is then an error, see `check_read`. Less damage, or damage of a long clip, is a note.
     `streams` are those to read; `size`, `box` and `cache` are passed on to mouth.mouths. levels: see `at_level`.
     voice_alone: sound may be read without pictures, so pictures that do not move are left out beside it."""
@@ -122,7 +122,7 @@ def check_read(source, longest, span, end, hole, n_pieces, unused):
     if longest and not span and 0 < 1.5 * source.claimed * FPS < end - FPS and len(source.streams) > 1:
         note(f"{shown(source.path)}: several files joined? lips and sound may drift apart; ffmpeg can join them better")
     for reason in sorted(unused):
-        note(f"{shown(source.path)}: its {reason} in places or throughout; that is not used")
+        note(f"{shown(source.path)}: its {reason} in places or throughout; those parts are not used")
 
 
 def is_cut(source, n_frames):
@@ -141,7 +141,7 @@ def speech_over_time(source, selected, lips, max_frames):
     `selected` is the source with the streams that are read. Borders are frames where sound begins or ends beside lips.
 
     The sound shows where somebody speaks, even if only the pictures are read. Where it is silent or over for UNHEARD
-    frames, and the source is longer than `max_frames`, or of unknown length, the pictures of `lips()` show it."""
+    frames, `lips()` shows it, if the source is longer than `max_frames` or of unknown length."""
     try:
         level = media.loudness(source) if source.has_sound else np.zeros(0)
     except ClipError:                     # the sound cannot be read; the lips may be
@@ -225,8 +225,8 @@ def groups_of(items, most, key):
 
 
 def choose_task(name, streams, model, task=None, trained=tuple(TASKS)):
-    """`task`, if the model and the clip `name`, which has `streams`, have what it needs. Without a task: the one that
-    uses most streams that both have, if possible one of `trained`, the model's tasks. Raises ClipError."""
+    """`task`, if the model and the clip `name` have its streams. Without a task: the one with most of the streams
+    that both have, if possible one of `trained`, the model's tasks. streams: the clip's. Raises ClipError."""
     common = tuple(stream for stream in model.encoders if stream in streams)
     if task is None and common:
         possible = [known for known, needed in TASKS.items() if set(needed) <= set(common)]

@@ -116,8 +116,8 @@ class Features:
         for clip, copy, _ in jobs:
             rng = random.Random(f"{self.seed} {name_and_words(clip)} {copy}")
             versions.append(augmented(clip, stream, self.voices, rng) if copy else clip)
-        features = data.to_device(data.batch(versions, [stream]), self.model.device)
-        tokens, lengths = self.model.encode(features)[stream]
+        inputs = data.to_device(data.batch(versions, [stream]), self.model.device)
+        tokens, lengths = self.model.encode(inputs)[stream]
         for job, x, length in zip(jobs, tokens.half().cpu(), lengths.tolist()):
             path = self.path(*job)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,15 +55,14 @@ def entries(folder):
             note(f"{shown(folder)}: no clip is in its test split; those of its valid split take their place")
             listed = [replace(entry, split="test" if entry.split == "valid" else entry.split) for entry in listed]
         return layout, listed, words
-    one_talker = len({entry.talker for entry in listed}) == 1
-    groups = [entry.path.stem if one_talker else unicodedata.normalize("NFC", entry.talker).casefold()
-              for entry in listed]
+    talkers = [unicodedata.normalize("NFC", entry.talker).casefold() for entry in listed]
+    groups = talkers if len(set(talkers)) > 1 else [entry.path.stem for entry in listed]
     sizes = Counter(groups)
     shuffled = sorted(sizes, key=lambda group: (
         2 * sizes[group] > len(groups), zlib.crc32(group.encode(errors="surrogateescape")), group))   # the largest last
     n_test = min(len(shuffled) // 5, MAX_TEST * len(shuffled) // len(listed))
     test = set(shuffled[:max(1, n_test)])
-    listed = [replace(entry, split="test" if group in test else "train", is_drawn=True)
+    listed = [replace(entry, split="test" if group in test else "train", own_split=True)
               for entry, group in zip(listed, groups)]
     return layout, listed, words
 
@@ -174,14 +173,14 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("trai
     Raises ClipError.
 
     A clip that cannot be used is left out, with a note. More than `max_bad` percent of such clips are an error.
-    A training clip is left out if a test clip has the same sentence and the splits are ours, or `disjoint` asks so."""
+    If this program made the splits, or with `disjoint`, training clips with a test clip's sentence are left out."""
     layout, listed, passed_over = entries(folder)
-    counts, is_drawn = Counter(entry.split for entry in listed), listed[0].is_drawn
+    counts, own_split = Counter(entry.split for entry in listed), listed[0].own_split
     for split in splits:
-        if not counts[split] and not is_drawn:         # said before any clip is read
+        if not counts[split] and not own_split:        # said before any clip is read
             there = ", ".join(f"{n} in {name}" for name, n in sorted(counts.items()))
             raise clip_error(folder, f"no clip is in its {split} split ({there}); add some, or name other splits")
-    if is_drawn and "train" not in splits:
+    if own_split and "train" not in splits:
         note(f"{shown(folder)}: names no test split, so {counts['test']} of its {len(listed)} clips are tested; "
              "to test all, put them into a folder test")
     n_listed, listed = len(listed), [entry for entry in listed if entry.split in splits]
@@ -205,7 +204,7 @@ def folder_clips(folder, reading=None, max_bad=1., disjoint=False, splits=("trai
     fresh = [clip for clip in training if clip.text not in test_sentences]
     if n_repeated := len(training) - len(fresh):
         clip_count = f"{n_repeated} training clips of {shown(folder)} whose sentence is in its test split"
-        if disjoint or is_drawn:
+        if disjoint or own_split:
             clips["train"] = fresh
             note(f"left out: {clip_count}")
         else:

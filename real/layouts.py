@@ -47,7 +47,7 @@ class Entry:
     source: Path | None = None                 # None: there is none
     sound: Path | None = None                  # a sound file that belongs to these pictures
     span: tuple[float, float] | None = None    # seconds from start to end; None: all of it
-    is_drawn: bool = False                     # the split is ours, not the folder's
+    own_split: bool = False                    # this program made the split, not the folder
 
 
 def recognise(folder):
@@ -336,8 +336,8 @@ def without_kinds(names):
 def splits_and_talkers(parents):
     """Yield (split, talker) of each clip. parents: for each clip the names of its folders, the highest first.
 
-    The first folder that names a split counts, below the folders that all clips share, or else among them. The talker
-    is the folder below that of the split, or above if there is none. Without a split: the highest that differ."""
+    The first folder that names a split counts, those that all clips share coming last. The talker is the folder
+    below it, else the one above it. Without a split: the highest folders that differ."""
     n_shared = len(os.path.commonprefix(parents))
     depth = n_shared + 1 if len(set(parents)) > 1 else 0
     first = n_shared if any(map(named_split, (name for names in parents for name in names[n_shared:]))) else 0

@@ -58,10 +58,10 @@ class Source:
     start: float                          # the first time stamp, seconds
     has_sound: bool
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
-    seconds: float                        # the duration of its packets, or what its header claims up to MAX_SECONDS
+    seconds: float                        # its header's duration if that is at most MAX_SECONDS, else its packets'
     claimed: float = 0.                   # the duration that ffmpeg reads from its header; 0: none, or a guess
-    pictures: int = 0                     # the picture track that is read
-    track: int = 0                        # the sound track that is read
+    picture_track: int = 0                # the number of the one that is read
+    sound_track: int = 0                  # the number of the one that is read
     late: int = 0                         # samples by which its sound begins after its start
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
@@ -195,7 +195,7 @@ def choose_sound(source, tracks):
         mix = f"pan=mono|c0=c{loudest}"
         note(f"{shown(source.path)}: its {len(channels)} channels cancel out or are not mixed; "
              f"read is channel {loudest + 1}")
-    return replace(source, track=i, mix=mix)
+    return replace(source, sound_track=i, mix=mix)
 
 
 def channel_levels(source, track):
@@ -274,7 +274,7 @@ def too_long(source):
 
 def late_samples(source):
     """Samples by which a source's sound begins after the source, which begins with the earlier of its streams."""
-    text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
+    text, _ = ask_ffmpeg(source.path, *f"-map 0:a:{source.sound_track} -frames:a 1 -af ashowinfo -f null -".split(), reading=["-copyts"])
     first = re.search(r" pts_time:(-?[\d.]+)", text)
     return max(0, round(SAMPLE_RATE * (float(first[1]) - source.start))) if first else 0
 
@@ -289,7 +289,7 @@ def wave_frames(source):
     yield from [np.zeros(SAMPLES_PER_FRAME, np.float32)] * (source.late // SAMPLES_PER_FRAME)
     rest = np.zeros(source.late % SAMPLES_PER_FRAME, np.float32)              # at the head of the next array
     filters = f"aresample={SAMPLE_RATE},aresample=async=1,{source.mix}"
-    with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.track}", filters, "-f", "f32le")) as chunks:
+    with closing(decode(source, 4 * SAMPLES_PER_FRAME, f"a:{source.sound_track}", filters, "-f", "f32le")) as chunks:
         for chunk in chunks:
             wave = np.frombuffer(chunk[:len(chunk) // 4 * 4], np.float32)
             if not (np.abs(wave) < 100).all():
@@ -302,13 +302,12 @@ def wave_frames(source):
         yield rest
 
 
-
 def picture_frames(source, filters, shape):
     """Yield a source's pictures after these ffmpeg filters as uint8 arrays: (H, W) is grey, (H, W, 3) is RGB."""
     steady = f"fps={FPS}:start_time={source.start},format={'gray' if len(shape) == 2 else 'rgb24'}"
     filters = f"scale=iw*sar:ih,setsar=1,{filters},{steady}"
     output = "-fps_mode passthrough -f rawvideo".split()     # else pictures before a time stamp of 0 would be dropped
-    with closing(decode(source, math.prod(shape), f"V:{source.pictures}", filters, *output)) as chunks:
+    with closing(decode(source, math.prod(shape), f"V:{source.picture_track}", filters, *output)) as chunks:
         for chunk in chunks:
             if len(chunk) == math.prod(shape):
                 yield np.frombuffer(chunk, np.uint8).reshape(shape)

@@ -137,8 +137,8 @@ def find_landmarks(source):
 def largest_face(faces, source):
     """The faces (P,) of each frame -> {frame: landmarks} of the face that is largest on average over all frames.
 
-    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. A track that
-    is never seen together with the largest one continues it too, if it lasts a second and is more than half as large.
+    A face continues the nearest track if its mouth has moved by less than 1.5 eye distances. Another track
+    continues it too if the two are never seen together, and if it lasts a second and is over half as large.
     Raises ClipError."""
     tracks = []
     for t, detected in enumerate(faces):
@@ -227,7 +227,7 @@ def crop_mouths(source, size, points):
 
 def cached_crops(source, size, folder):
     """The mouths of a source's largest face, T times (size, size) or None. They are kept in `folder`."""
-    key = [VERSION, fingerprint(source.path, whole=True), size, source.pictures]
+    key = [VERSION, fingerprint(source.path, whole=True), size, source.picture_track]
     path = Path(folder) / f"{digest(key)}.safetensors"
     with FILLING[path]:                         # pieces of one file are read side by side; one thread finds the face
         if not path.is_file():

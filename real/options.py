@@ -75,7 +75,7 @@ def parse_sample_options(argv, description):
     add("--rate", help="compression rate: '4', or '4:2' for audio:video, also one that was never trained; "
                        "auto: coarse, and finer where the model is unsure; all: every trained rate "
                        "(default: the finest)")
-    add("--task", choices=TASKS, help="which streams to use (default: all that the clip has)")
+    add("--task", choices=TASKS, help="which streams to use (default: those of clip and model)")
     add("--beam", type=int, default=1, help="beam width; 1 is greedy (default %(default)s)")
     add("--json", action="store_true", help="print a JSON object per line instead of the text")
     add("--srt", metavar="FILE", help="write subtitles of the clip")

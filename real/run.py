@@ -136,9 +136,9 @@ def over_processes(work, items):
 def split_step(clips, transcripts, config):
     """What this process computes of a step, in parts that follow one another -> [(share of tokens to predict, rows)].
 
-    Each process takes its share of the clips. All processes take the same number of parts, at least --accumulate.
-    No part of several clips is longer than --batch-seconds, padding included. The cross-entropies of all parts,
-    weighted by their shares, add up to the mean over the tokens of the step."""
+    Clips are dealt to the processes in turn. All processes have the same number of parts, at least --accumulate.
+    No part of several clips is longer than --batch-seconds, padding included. Each part's cross-entropy times its
+    share of the tokens, summed over all parts, is the mean over the tokens of the step."""
     def parts(rows, n):
         rows = sorted(rows, key=lambda row: clips[row].duration) if n > 1 else rows
         return [rows[i * len(rows) // n:(i + 1) * len(rows) // n] for i in range(n)]
@@ -276,8 +276,8 @@ class Run:
 
     The state holds the trained tensors, the optimizer's moments and the step. A batch is a function of the step, so the
     run goes on bit for bit. The state is written every --save-every minutes and at Ctrl-C or SIGTERM, and replaced as a
-    whole. After the end the state stays: the same command then finds nothing left to train. It also holds `kept`, a
-    dict for JSON. frozen: a hash of the frozen parts. Other sound under the same file names changes it too."""
+    whole. After the end the state stays: the same command then finds nothing left to train. The state also holds
+    `kept`, a dict for JSON. frozen: a hash of the frozen parts, which other sound in the same files changes too."""
 
     def __init__(self, config, clips, frozen=None):
         self.out, self.minutes = Path(config.out), config.save_every
@@ -299,7 +299,7 @@ class Run:
         def ask_to_stop(number, _):
             if not self.asked:
                 self.asked = time.monotonic()
-                told = b"\nnote: the run stops after this step and keeps its state; a second Ctrl-C loses it\n"
+                told = b"\nnote: the run saves its state after this step and stops; a second Ctrl-C ends it unsaved\n"
                 with suppress(OSError):                          # a closed pipe, as of `| tee`, must not end the run
                     os.write(2, told * is_first())
             elif time.monotonic() > self.asked + 2:              # torchrun repeats the first one at once

@@ -1,4 +1,6 @@
 """python -m pytest tests/test_brought.py: files and mistakes that users bring; each is read right, or refused in a line."""
+import gc
+import hashlib
 import json
 import os
 import random
@@ -6,13 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import ROOT, TRAINED, ffmpeg, tiny_avsr
+from safetensors.torch import load_file, save_file
 
 import data
 import mome
@@ -28,7 +33,7 @@ from real.features import content
 from real.files import CheckpointError
 from real.run import own_folder
 from toy import pretrain
-from toy.talker import write_talker_clips
+from toy.talker import grid_sentences, write_talker_clips
 from toy.tokenizer import make_tokenizer
 
 LONGEST = 4     # seconds of a piece
@@ -371,10 +376,68 @@ def test_an_edited_model_is_refused(tmp_path):
     written = config.pop("digest")
     path.write_text(json.dumps(config))
     load_model(tmp_path / "a")
-    config["model"]["llm"] |= {"n_heads": 2, "head_dim": 16}
-    path.write_text(json.dumps(config | {"digest": written}))
-    with pytest.raises(CheckpointError, match="damaged: its config.json is not as it was written"):
-        load_model(tmp_path / "a")
+    llm = config["model"]["llm"] | {"n_heads": 2, "head_dim": 16}
+    for edit in ({"model": config["model"] | {"llm": llm}}, {"rates": [[3, 3]]}, {"tasks": ["asr"]}):
+        path.write_text(json.dumps(config | {"digest": written} | edit))
+        with pytest.raises(CheckpointError, match="damaged: its config.json is not as it was written"):
+            load_model(tmp_path / "a")
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    folder = saved(tmp_path / "a")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    del tensors["projectors.audio.0.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    config["files"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="projectors.audio.0.weight is missing or unknown"):
+        load_model(folder)
+
+
+def test_what_stages_1_and_2_are_told_about_the_clips(talker_clips, monkeypatch, tmp_path):
+    """They get the training sentences, and those of other splits, which they must not meet. The longest sentence counts."""
+    met, lengths = [], []
+    monkeypatch.setattr(setup, "pretrain", lambda model, parts, clips, texts, tested, *_:
+                        met.append((texts, tested)) or lengths.append(model.config.max_tokens))
+    splits = {"train": ["a b", " ".join("b" * 40)], "valid": ["c b"], "test": ["b a", "a b"]}
+    clips_of = {split: [replace(talker_clips[0], text=text) for text in texts] for split, texts in splits.items()}
+    monkeypatch.setattr(setup, "load_clips", lambda *_, **__: clips_of)
+    for folder in ("", "x"):
+        setup.set_up(train.TrainConfig(data=folder, out=str(tmp_path)), ["asr"], torch.device("cpu"), report.Stopwatch())
+    assert met == [(grid_sentences("train"), set(grid_sentences("test"))), (splits["train"], {"c b", "b a"})]
+    assert lengths[1] == 80
+
+
+def test_data_py_passes_its_flags_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("toy.talker.write_talker_clips", lambda *args: asked.append(args) or [])
+    assert clips.main(["--out", str(tmp_path), "--count", "2", "--part", "test", "--seed", "3"]) == 0
+    assert asked == [(tmp_path, 2, "test", 3)]
+
+
+def test_the_garbage_collector_works_again_after_a_folder_is_read():
+    with files.no_collector():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_what_a_test_of_a_finished_model_refuses(tiny, talker_clips, monkeypatch, capsys):
+    known = {"paths": {}, "tasks": ["avsr"], "rates": [[4, 2]], "method": "mome", "rank": 1, "projector_per_rate": False}
+    monkeypatch.setattr(setup, "load_model", lambda *_, **__: (tiny, known))
+    monkeypatch.setattr(setup, "load_clips", lambda *_: {"test": talker_clips})
+
+    def load(*tasks, **more):
+        setup.load_for_test(train.TrainConfig(rates="4:2", **more), tasks, torch.device("cpu"))
+        return capsys.readouterr().err
+    assert "not trained for asr, but for avsr" in load("avsr", "asr") and "not trained" not in load("avsr")
+    known["paths"] = {"audio": "x"}
+    load("avsr", data="x")
+    with pytest.raises(CheckpointError, match="its encoders are for real clips: name their folder by --data"):
+        load("avsr")
+    known["paths"] = {}
+    del tiny.encoders["video"]
+    with pytest.raises(ClipError, match="this model reads audio only, not what avsr needs"):
+        load("avsr")
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
@@ -500,8 +563,11 @@ def test_samples_of_clips_with_long_names(tmp_path, voice):
     path = tmp_path / f"{'ü' * 122}.wav"
     soundfile.write(path, voice, 16000)
     clip = data.Clip(str(path), "text", voice)
-    setup.write_samples(train.TrainConfig(data="x"), [clip], tmp_path / "samples")
-    assert len(list((tmp_path / "samples").iterdir())) == 2
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/sample3_old.mp4").touch()              # of an earlier run
+    piece = replace(clip, name=f"{path}{files.SPAN}0,1")        # a part of a file is no sample
+    setup.write_samples(train.TrainConfig(data="x"), [piece, clip], tmp_path / "samples")
+    assert sorted(path.suffix for path in (tmp_path / "samples").iterdir()) == [".txt", ".wav"]
 
 
 def test_a_sample_has_the_sound_that_its_clip_has(tmp_path, voice):
@@ -779,6 +845,7 @@ def test_a_voice_is_brought_to_the_level_of_the_training_clips(talker_clips):
     limits = clips.limits(talker_clips)
     low, high = limits["levels"]
     assert low < high and limits["longest"] == max(clip.duration for clip in talker_clips)
+    assert [low, high] == np.percentile([clips.mel_level(clip) for clip in talker_clips], (5, 95)).tolist()
     for gain, level in ((1e-2, low), (30, high)):
         clip = data.with_log_power(data.Clip("a", "b", talker_clips[0].wave * np.float32(gain)))
         assert clips.mel_level(clips.at_level(clip, limits["levels"])) == pytest.approx(level, abs=0.3)

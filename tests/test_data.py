@@ -1,6 +1,7 @@
 """python -m pytest tests/test_data.py: the talker, babble, text, real clips."""
 import random
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -184,6 +185,81 @@ def test_clips_of_a_step_are_a_function_of_seed_and_step():
     assert sorted(sum(steps, [])[:10]) == clips
     assert data.drawn_clips(clips, 4, 0, 3) == steps[3] and data.drawn_clips(clips, 4, 1, 3) != steps[3]
     assert len(data.drawn_clips(clips[:3], 8, 0, 0)) == 8  # more than there are
+    assert len({tuple(data.drawn_clips(clips, 10, 0, epoch)) for epoch in range(4)}) == 4      # each epoch has its own order
+
+
+def test_voices_of_babble_are_equally_loud():
+    def tone(hz, loudness):
+        return (loudness * np.sin(2 * np.pi * hz * np.arange(16000) / 16000)).astype(np.float32)
+    heard = np.abs(np.fft.rfft(data.add_babble(tone(1000, .1), [tone(500, .5), tone(3000, .01)], 0, random.Random(0))))
+    assert heard[500] == pytest.approx(heard[3000], rel=.05)
+
+
+def test_babble_is_four_voices_whether_or_not_the_clips_own_is_drawn(talker_clips, monkeypatch):
+    heard, voices = [], talker_clips + [replace(clip, name=f"{clip.name} again") for clip in talker_clips]
+    monkeypatch.setattr(data, "add_babble", lambda wave, others, *_: heard.append(len(others)) or wave)
+    for clip in voices:
+        data.in_babble(clip, 0, voices)
+    assert heard == [4] * 10
+
+
+def test_babble_for_training_is_of_2_to_5_equally_loud_voices_at_minus_7_to_15_db():
+    """Each voice is one mel band, so that the bands of the noise tell the voices apart."""
+    def voice(band, level):
+        power = np.full((80, 50), -10, np.float16)
+        power[band] = level
+        return data.Clip(str(band), "", log_power=power)
+    voices = [voice(band, level) for band, level in enumerate((0, 3, -2, 1, 2, -1))]
+    power, snrs, counts = torch.ones(80, 100), [], Counter()
+    for seed in range(200):
+        bands = (data.noisy_power(power, voices, random.Random(seed)) - power).mean(1)[:6]
+        heard = bands[bands > bands.max() / 2]
+        assert heard.sum() > .99 * bands.sum() and heard.min() > .95 * heard.max()
+        counts[len(heard)] += 1
+        snrs.append(-10 * torch.log10(bands.sum() / 80).item())
+    assert set(counts) == {2, 3, 4, 5} and -7.1 < min(snrs) < -6 and 14 < max(snrs) < 15.1
+
+
+def test_half_of_the_talkers_clips_get_babble_and_a_quarter_of_others(talker_clips, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(data, "noisy_power", lambda power, voices, rng: seeds.append(rng.random()) or power)
+    for aligned, share in ((True, .5), (None, .25)):
+        seeds.clear()
+        clip = replace(talker_clips[0], aligned=aligned)
+        for seed in range(300):
+            data.augmented_mel(clip, random.Random(seed), talker_clips)
+        assert len(seeds) / 300 == pytest.approx(share, abs=.09) and len(set(seeds)) == len(seeds)     # no two alike
+
+
+def test_a_band_and_a_moment_are_masked_and_seldom_the_high_bands():
+    clip, n_cut, widest = data.Clip("flat", "", log_power=np.ones((80, 200), np.float16)), 0, [0, 0]
+    plain = data.clip_mel(clip)
+    for seed in range(300):
+        changed = data.augmented_mel(clip, random.Random(seed), ()) != plain
+        low = changed[:62]                                     # the bands from 0.78 of them on may be lost
+        bands, moments = low.all(1), low.all(0)
+        assert not low[~bands][:, ~moments].any()
+        widest = [max(widest[0], bands.sum().item()), max(widest[1], moments.sum().item())]
+        n_cut += changed[79].all().item()
+    assert widest == [9, 11] and 10 < n_cut < 40               # 8 %
+
+
+def test_frames_are_shifted_mirrored_and_seldom_late():
+    frames, before, n_mirrored, late = torch.randint(0, 256, (20, 12, 12), dtype=torch.uint8), [0, *range(19)], 0, []
+    views = [(mirror, frames.roll((dy, dx), (1, 2)).flip(2) if mirror else frames.roll((dy, dx), (1, 2)))
+             for dy in range(-2, 3) for dx in range(-2, 3) for mirror in (False, True)]
+    for seed in range(300):
+        out = data.augmented_frames(frames, random.Random(seed))
+        on_time = [(mirror, (out == view).all((1, 2)), (out == view[before]).all((1, 2))) for mirror, view in views]
+        (mirror, n_late), = [(mirror, 20 - now.sum().item()) for mirror, now, then in on_time if (now | then).all()]
+        n_mirrored += mirror
+        late += [n_late] * (n_late > 0)
+    assert 110 < n_mirrored < 190 and 14 < len(late) < 46 and sum(late) / len(late) == pytest.approx(.2 * 19, abs=1.2)
+
+
+def test_clips_of_the_talker_keep_their_pace(talker_clips):
+    rows = data.rows_of(talker_clips, ["audio", "video"], random.Random(0))
+    assert [len(x) for x in rows["video"]] == [len(clip.frames) for clip in talker_clips]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 9])

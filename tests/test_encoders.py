@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoders import AudioConfig, AudioEncoder, VideoConfig, VideoEncoder, compress, log_mel, mel_filters, mel_power
+from encoders import AudioConfig, AudioEncoder, ResidualBlock, VideoConfig, VideoEncoder, compress, log_mel, mel_filters, mel_power
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
@@ -80,6 +80,33 @@ def test_the_stem_is_a_3d_convolution():
     video(x)
     hook.remove()
     torch.testing.assert_close(seen["x"], y, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c_in, c_out, stride", [(4, 4, 1), (4, 6, 2)])
+def test_residual_blocks_are_those_of_resnets(c_in, c_out, stride):
+    """prelu(bn(conv(prelu(bn(conv(x))))) + shortcut), with random numbers in place of all parameters and statistics."""
+    def norm(x, bn):
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    torch.manual_seed(0)
+    block = ResidualBlock(c_in, c_out, stride).eval()
+    for tensor in block.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(2, c_in, 8, 8)
+    h = F.prelu(norm(F.conv2d(x, block.conv1.weight, stride=stride, padding=1), block.bn1), block.relu1.weight)
+    h = norm(F.conv2d(h, block.conv2.weight, padding=1), block.bn2)
+    shortcut = x if stride == 1 else norm(F.conv2d(x, block.downsample[0].weight, stride=stride), block.downsample[1])
+    torch.testing.assert_close(block(x), F.prelu(h + shortcut, block.relu2.weight))
+
+
+@torch.no_grad()
+def test_the_resnet_reads_the_largest_of_3_x_3_pixels():
+    video, seen = VideoEncoder(VideoConfig(dim=16, n_heads=2)).eval(), {}
+    video.stem_relu.register_forward_hook(lambda module, args, y: seen.update(stem=y))
+    video.resnet.register_forward_pre_hook(lambda module, args: seen.update(pooled=args[0]))
+    video(torch.rand(1, 1, 3, 32, 32))
+    assert torch.equal(seen["pooled"], F.max_pool2d(seen["stem"], 3, 2, 1)) and seen["pooled"].shape[-1] == 8
 
 
 def test_positions_are_whispers():

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import train
 from extras import experiments, own_decoder, plot
-from extras.experiments import LISTS, Trial
+from extras.experiments import LISTS, ROOT, Trial
 from real.options import parse_options
 
 PLACES = {"runs": "runs", "shared": "shared", "llm": "llm", "whisper": "whisper"}
@@ -110,12 +110,31 @@ def test_names_that_no_run_has_are_refused(tmp_path, capsys):
         assert f"no run of main has {flags[1].split(',')[1]}" in capsys.readouterr().err
 
 
+def test_only_the_seeds_and_methods_that_are_named_are_run(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(experiments, "LISTS", {"two": [Trial("mome", "2"), Trial("lora", "2")]})
+    monkeypatch.setattr(subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(experiments, "rows_of_run", lambda *_: [])
+    assert experiments.main(["two", "--seeds", "1,2", "--methods", "lora", "--results", str(tmp_path / "results.csv")]) == 0
+    assert [[command[command.index(flag) + 1] for flag in ("--method", "--seed")] for command in commands] == [["lora", "1"], ["lora", "2"]]
+
+
+def test_rows_of_what_is_still_being_chosen_are_of_the_last_point_of_the_curve(tmp_path):
+    trial = Trial("mome", "2", flags="--valid-every 1", split="valid")
+    points = [{"step": step, "rows": metrics_of(trial, 0, wer)["rows"]} for step, wer in ((1, .3), (2, .2))]
+    files = {"metrics": metrics_of(trial, 0), "config": {"parameters": {"adapter": 9, "active": 5}}, "curve": points}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert [(row["wer"], row["split"]) for row in experiments.rows_of_run(trial, 0, tmp_path)] == [("0.20000", "valid")] * 2
+
+
 def test_links_of_the_open_list_follow_shared(tmp_path, capsys):
     for shared in ("a", "b"):
         for folder in ("librispeech/train", "librispeech/test", "speechocean/train"):
             (tmp_path / shared / folder).mkdir(parents=True)
         experiments.link_open(tmp_path / shared, tmp_path / "open")
-        assert (tmp_path / "open/train/speechocean").resolve() == tmp_path / shared / "speechocean/train"
+        for link, folder in (("train/speechocean", "speechocean/train"), ("test/librispeech", "librispeech/test")):
+            assert (tmp_path / "open" / link).resolve() == tmp_path / shared / folder
     assert experiments.main(["open", "--shared", str(tmp_path / "none"), "--runs", str(tmp_path), "--results", str(tmp_path / "r")]) == 2
     assert "name the folder of the corpora by --shared" in capsys.readouterr().err
 
@@ -157,17 +176,33 @@ def test_differences_are_taken_seed_by_seed():
 def test_the_pages_have_the_numbers_of_results_csv(capsys):
     """A number in a table of README or docs/ that is not in results.csv fails here."""
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert {str(page.relative_to(ROOT)) for page in pages if "<!-- results: " in page.read_text("utf-8")} == set(plot.PAGES)
+
+
+def test_a_page_that_is_not_current_is_named_and_written_anew(tmp_path, monkeypatch, capsys):
+    page, text = tmp_path / "page.md", "a\n<!-- results: main -->\n{}\n<!-- end -->\nb\n"
+    page.write_text(text.format("old"))
+    (tmp_path / "docs").mkdir()
+    for name, value in (("ROOT", tmp_path), ("PAGES", ("page.md",)), ("tables", lambda rows: {"main": "new\n"}),
+                        ("tokens_picture", lambda *_: None)):
+        monkeypatch.setattr(plot, name, value)
+    assert plot.main(["--check"]) == 1 and "page.md: not current" in capsys.readouterr().out and page.read_text() == text.format("old")
+    assert plot.main([]) == 0 and page.read_text() == text.format("new") and (tmp_path / "docs/tokens.png").is_file()
+    assert plot.main(["--check"]) == 0
 
 
 def test_the_picture_of_tokens(tmp_path):
     figure = Figure()
     rows = [dict.fromkeys(experiments.COLUMNS, "") | {
         "method": "mome", "data": "synthetic", "train_rates": "2,4,8", "rates": rates, "task": "avsr", "snr_db": snr, "seed": seed,
-        "wer": wer, "tokens": tokens, "split": "test"}
-        for rates, tokens, wer in (("2:2", "100", "0.2"), ("4:4", "50", "0.1"), ("auto", "60", "0.3")) for snr in ("clean", "-5") for seed in "01"]
+        "wer": wer * noise, "tokens": tokens, "split": "test"}
+        for rates, tokens, wer in (("2:2", "100", .2), ("4:4", "50", .1), ("auto", "60", .3))
+        for snr, noise in (("clean", 1), ("-5", 2)) for seed in "01"]
     plot.tokens_picture(figure, rows)
-    (line, *_), = figure.axes[1].containers
-    assert line.get_xdata().tolist() == [50, 100] and line.get_ydata().tolist() == [10, 20]
+    for panel, noise in zip(figure.axes, (1, 2)):
+        (line, *_), = panel.containers
+        assert line.get_xdata().tolist() == [50, 100] and line.get_ydata().tolist() == [10 * noise, 20 * noise]
 
 
 def test_whispers_own_decoder_is_measured_on_the_test_split(tmp_path, monkeypatch, capsys):

@@ -167,6 +167,27 @@ def test_check(tmp_path, capsys):
     assert "none: no such folder" in capsys.readouterr().err
 
 
+def test_check_names_the_words_that_training_lacks(tmp_path, capsys):
+    write_tone(tmp_path / "train/a.wav", "one two")
+    write_tone(tmp_path / "test/b.wav", "one three")
+    assert clips.main(["check", str(tmp_path)]) == 0
+    assert "1 words of the test split are not in training: three\n" in capsys.readouterr().out
+
+
+def test_a_talker_in_two_spellings_of_unicode_is_one(tmp_path):
+    """As macOS and Linux write the same letter. Of one talker a fifth of the clips is held out."""
+    rows = "".join(f"{i}{n}.wav,says {i} {n},Zo{e}\n" for i in range(5) for n, e in enumerate(("\u00eb", "e\u0308")))
+    (tmp_path / "manifest.csv").write_text("path,text,talker\n" + rows, "utf-8")
+    assert sorted(entry.split for entry in entries(tmp_path)[1]) == ["test"] * 2 + ["train"] * 8
+
+
+def test_hidden_files_and_folders_are_no_clips(tmp_path):
+    """As macOS writes them."""
+    for name in ("ann/a", "ann/._a", ".trash/b"):
+        write_tone(tmp_path / f"{name}.wav", f"says {name[-1]}")
+    assert [entry.path.name for entry in entries(tmp_path)[1]] == ["a.wav"]
+
+
 # --- layouts as they are downloaded ---
 
 ALIGN = "0 100 sil\n100 200 bin\n200 300 blue\n"
@@ -484,6 +505,9 @@ def test_sound_beside_silent_pictures(tmp_path, capsys):
         clip = read_entry(entry, {"streams": task_streams([task])})
         assert np.abs(clip.wave[:16000]).mean() > .05 and clip.streams == TASKS[task]
     assert "silent" not in capsys.readouterr().err
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(24000), 16000)
+    clip = read_entry(entry)                                    # 0.3 s more than the pictures
+    assert len(clip.wave) == 640 * len(clip.frames) == 160 * clip.log_power.shape[1]
     soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(64000), 16000)
     assert "a.wav: 4.0 s of sound for 1.2 s of pictures; is it another clip's?" in str(read_entry(entry))
 

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import soundfile
 
 import train
 from data import Clip, ClipError, drawn_clips
+from encoders import AudioConfig, VideoConfig
 from real import folders, run, setup
 from real.features import Features
 from real.folders import Unread, entries, folder_clips, read_all, read_drawn
+from real.layouts import Entry
 from toy.pretrain import clips_digest
 
 JOB = "--tasks asr --rates 4,8 --clips 12 --audio-steps 2 --ctc-steps 2 --llm-steps 2 --steps 6 --max-bad 40 --snr clean --batch-size 3".split()
@@ -111,6 +114,33 @@ def test_another_file_is_another_key(manifest):
     os.utime(manifest / "8.wav", ns=(time, time))
 
 
+def test_other_files_of_clips_that_are_not_read_yet_are_another_training(tmp_path):
+    """The time of the pictures and that of their sound file count."""
+    paths = [tmp_path / "a.mp4", tmp_path / "a.wav"]
+    for path in paths:
+        path.touch()
+    clip = Unread("a", "b", entry=Entry(paths[0], "", sound=paths[1]))
+    for path in paths:
+        before = run.Run(train.TrainConfig(), [clip]).settings
+        assert run.Run(train.TrainConfig(), [clip]).settings == before
+        os.utime(path, (1, 1))
+        assert run.Run(train.TrainConfig(), [clip]).settings != before
+
+
+def test_a_folder_that_no_task_or_noise_can_use_is_refused_at_the_start(talker_clips, monkeypatch):
+    """Clips that are read while training may turn out to lack a stream, so only those that are read count."""
+    def load(train_clips, test_clips, *tasks, **more):
+        monkeypatch.setattr(setup, "folder_clips", lambda *_: {"train": train_clips, "test": test_clips})
+        setup.load_clips(train.TrainConfig(data="x", **more), tasks, AudioConfig(), VideoConfig())
+    later = Unread("a", "b", streams=("audio", "video"))
+    with pytest.raises(ClipError, match="no train clip has audio and video"):
+        load([later, replace(talker_clips[0], frames=None)], talker_clips, "avsr")
+    with pytest.raises(ClipError, match="only one test clip has sound"):
+        load(talker_clips, talker_clips[:1], "asr")
+    load(talker_clips, talker_clips[:1], "asr", snr="clean")
+    load(talker_clips, talker_clips[:1], "vsr")
+
+
 def test_what_is_read_is_not_kept(manifest):
     clips = folder_clips(manifest, max_bad=10)["train"]
     drawn = read_all(unread(clips)[:3])
@@ -131,6 +161,8 @@ def test_no_sentence_is_held_out_and_trained_on():
     rest, held_out = setup.hold_out(clips)
     assert len(held_out) == 4 and len(rest) == 35                                # one more says the same
     assert not {clip.text for clip in rest} & {clip.text for clip in held_out}
+    rest, held_out = setup.hold_out([Clip(str(i), f"say {i}") for i in range(600)])
+    assert (len(rest), len(held_out)) == (550, setup.MAX_HELD_OUT)
 
 
 def test_a_large_folder_is_not_tested_on_a_fifth(tmp_path, monkeypatch):

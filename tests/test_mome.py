@@ -257,6 +257,11 @@ def test_wrong_sizes_are_refused(wrong):
         LlamaConfig(10, **wrong)
 
 
+@pytest.mark.parametrize("part", ["norm", "layers.0.input_layernorm", "layers.1.post_attention_layernorm"])
+def test_the_eps_of_every_norm_is_the_configs(part):
+    assert Llama(LlamaConfig(9, 32, 2, 4, 2, 48, norm_eps=.25)).get_submodule(part).eps == .25
+
+
 def test_llama_is_causal():
     torch.manual_seed(0)
     llama, tokens = Llama(LlamaConfig(40, 32, 2, 4, 2, 48, n_routed=4)), torch.randint(0, 40, (2, 9))

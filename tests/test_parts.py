@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,17 +21,16 @@ from test_weights import PRE_TOKENIZERS, avhubert_state, random_llama, train_bpe
 import data
 import sample
 import train
-from encoders import AudioConfig, AudioEncoder, log_mel
+from encoders import AudioConfig, AudioEncoder, VideoConfig, log_mel
 from extras import cost
 from extras.baselines import build_adapter, count_parameters
 from mome import AVSR, AVSRConfig, Llama, LlamaConfig
-from real import checkpoint, features
+from real import checkpoint, features, report, setup
 from real.checkpoint import identify, load_model, save_model
 from real.clips import read_clip
 from real.files import CheckpointError, write_whole
 from real.options import parse_options
 from toy.talker import write_talker_clips
-
 
 
 def random_whisper(folder, n_mels):
@@ -244,11 +244,54 @@ def test_the_preset_needs_only_what_its_tasks_use(argv):
     ("--preset paper --tasks asr --llm x --data x".split(), "with --tasks asr needs --llm, --audio-encoder and --data"),
     ("--preset paper --dry-run --checkpointing".split(), "--dry-run does not count what --checkpointing saves"),
     ("--method lora-ms --compile".split(), "--compile: not with --method lora-ms"),
+    ("--method lora-ms --checkpointing".split(), "--checkpointing: not with --method lora-ms"),
+    ("--method mome-bias --n-routed 0".split(), "--method mome-bias is about the router"),
+    ("--method mome-teacher --rates-per-step 1".split(), "so --rates-per-step is all"),
+    ("--tasks asr --video-encoder x --data x".split(), "--tasks asr do not use both encoders"),
+    (["--pad-audio"], "--pad-audio is for Whisper"), (["--seed", str(2 ** 63)], "--seed must be under"),
     (["--audio-encoder", "x"], "--data")])
 def test_flags_that_need_others(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(argv)
     assert end.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_clips_of_a_step_are_shared_evenly_by_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for more in ({"batch_size": 6}, {"eval_only": True}):
+        setup.check_config(train.TrainConfig(**more))
+    with pytest.raises(ValueError, match="--batch-size 4: 3 processes cannot share it evenly"):
+        setup.check_config(train.TrainConfig())
+
+
+def test_another_config_of_the_llm_is_refused(parts, tmp_path):
+    """Its weights are the same, but they would compute other values."""
+    shutil.copytree(parts / "llm", tmp_path / "llm")
+    (tmp_path / "out").mkdir()
+    llm = Llama.from_pretrained(tmp_path / "llm")
+    model = AVSR(AVSRConfig(llm.config, AudioConfig(dim=16, n_layers=1, n_heads=2), None), llm)
+    save_model(model, tmp_path / "out", identify({"llm": tmp_path / "llm"}))
+    load_model(tmp_path / "out")
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    (tmp_path / "llm/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="llm: its config.json is not the one that .*out was trained with"):
+        load_model(tmp_path / "out")
+
+
+def test_padded_outputs_are_others_and_other_sound_is_another_training(talker_clips, tmp_path, monkeypatch):
+    def keys(padded=False, babble_key="x"):
+        """-> (what names the outputs of the encoder, the hash of the frozen parts)"""
+        seen, config = [], AudioConfig(dim=16, n_layers=1, n_heads=2, pos_groups=16, padded=padded)
+        monkeypatch.setattr(setup, "read_parts", lambda *_: {"audio": AudioEncoder(config)})
+        monkeypatch.setattr(setup, "Features", lambda folder, model, keys, *_: seen.append(keys) or SimpleNamespace(babble_key=babble_key))
+        job = train.TrainConfig(data="x", out=str(tmp_path)), ["asr"], torch.device("cpu"), report.Stopwatch()
+        return seen, setup.set_up(*job)[3]["frozen"]
+    monkeypatch.setattr(setup, "identify", lambda *_: {"audio": {"whole": "w"}})
+    monkeypatch.setattr(setup, "pretrain", lambda *_: None)
+    monkeypatch.setattr(setup, "load_clips", lambda *_, **__: {"train": talker_clips, "test": talker_clips})
+    assert keys() == keys()
+    assert keys()[0] != keys(padded=True)[0]
+    assert keys()[1] != keys(babble_key="y")[1]
 
 
 def test_a_real_llm_reads_stand_in_encoders_and_the_curve_is_kept(parts, tmp_path, capsys):
@@ -344,6 +387,8 @@ def test_kept_outputs_are_those_of_the_encoder(kept):
     assert not torch.equal(copies[0][:20], copies[1][:20]) and not torch.equal(copies[0][:20], x[:20])
     tokens, lengths = data.padded(store.rows(clips, ["audio"], random.Random(1)))["audio"]
     assert tokens.shape[:2] == (2, lengths.max()) and tokens[lengths.argmin(), lengths.min():].abs().sum() == 0
+    drawn = {store.rows(clips[:1], ["audio"], random.Random(seed))["audio"][0].sum().item() for seed in range(30)}
+    assert len(drawn) == 3                       # the clip and its two copies
 
 
 def test_what_is_there_is_not_made_again(kept, monkeypatch):
@@ -405,6 +450,31 @@ def test_distortion_keeps_time_and_bounds():
     assert max(levels) > 4 * min(levels)
 
 
+def test_copies_get_babble_and_noise(monkeypatch):
+    voices, mixed, rng = [np.ones(1600, np.float32)], [], random.Random(0)
+    monkeypatch.setattr(data, "add_babble", lambda wave, others, *_: mixed.append(others[0] is voices[0]) or wave)
+    for _ in range(400):
+        features.distort(np.ones(1600, np.float32), 1., voices, rng)
+    assert mixed.count(True) / 400 == pytest.approx(.36, abs=.07) and mixed.count(False) / 400 == pytest.approx(.24, abs=.07)
+
+
+def test_pictures_of_a_copy_are_shifted_and_mirrored():
+    """One bright point in each frame, brighter from frame to frame, shows what moves where."""
+    frames, rows, columns = np.zeros((25, 40, 40), np.uint8), set(), set()
+    frames[range(25), 30, 25] = range(1, 26)
+    for seed in range(60):
+        moved = features.augmented(data.Clip("a", "b", frames=frames), "video", [], random.Random(seed)).frames
+        assert (np.diff(moved.max((1, 2)).astype(int)) >= 0).all()
+        _, y, x = moved.nonzero()
+        rows, columns = rows | set(y.tolist()), columns | set(x.tolist())
+    assert rows == {28, 29, 30, 31, 32} and columns == {*range(23, 28), *range(12, 17)}
+
+
+def test_a_copy_is_no_longer_than_the_encoder_reads():
+    clip = data.Clip("a", "b", frames=np.zeros((725, 2, 2), np.uint8))           # 29 s
+    assert max(len(features.augmented(clip, "video", [], random.Random(seed)).frames) for seed in range(20)) == 750
+
+
 def test_pictures_and_sound_of_a_copy_keep_pace(talker_clips):
     audio, video = (features.augmented(talker_clips[0], stream, [talker_clips[1].wave], random.Random(3))
                     for stream in ("audio", "video"))
@@ -460,6 +530,18 @@ def test_flops_are_twice_the_products():
     projector = 125 * sum(p.numel() for p in model.projectors.parameters() if p.dim() == 2)
     assert llm["llm_flops"] == 2 * (layers * tokens + projector + 30 * 64 * 256) + attention
     assert llm["cache_bytes"] == 2 * 2 * 4 * 64 * tokens * 4
+    assert cost.costs(model, 10, {"audio": 4}, 3, 1)["cache_bytes"] == 3 * llm["cache_bytes"]      # a beam of 3
+
+
+def test_what_a_dry_run_prints(capsys):
+    counts = dict.fromkeys(("encoders", "LLM", "adapter", "projectors and markers"), 2 ** 29) | {"active": 10 ** 6}
+    cost.print_parameters(counts, "MoME")
+    printed = capsys.readouterr().out
+    assert "2.0 GiB in bf16" in printed and "16.0 GiB with gradients" in printed      # fp32: weights, gradients, two moments
+    row = {"seconds": 1, "rates": {"audio": 1}, "tokens": 9, "flops": 8e12, "llm_flops": 6e12, "cache_bytes": 2 ** 21,
+           "step_bytes": 2 ** 30}
+    cost.print_rows("asr", [row, row | {"rates": {"audio": 4}, "flops": 2e12, "llm_flops": 1e12}], 1)
+    assert capsys.readouterr().out.splitlines()[-1].split() == "4 9 2 1 4.0x 6.0x 2 MiB 1 GiB".split()
 
 
 def test_a_dry_run_counts_padding_and_no_attention_matrices():
@@ -478,3 +560,11 @@ def test_any_adapter_beside_a_real_llm_is_stored(tiny):
     names = checkpoint.stored(tiny, {"llm": None, "audio": None})
     assert {"llm.layers.0.adapter.weight", "llm.layers.0.mome.down", "projectors.audio.0.weight", "encoders.video.norm.weight"} <= names
     assert not {"llm.layers.0.frozen.weight", "llm.norm.weight", "encoders.audio.norm.weight"} & names
+
+
+def test_each_stream_costs_its_own_encoder():
+    with torch.device("meta"):
+        model = AVSR(AVSRConfig(LlamaConfig(64, 16, 1, 2, 2, 16), AudioConfig(), VideoConfig()))
+    audio, video, both = (cost.costs(model, 3, rates, 1, 1)["encoder_flops"]
+                          for rates in ({"audio": 4}, {"video": 4}, {"audio": 4, "video": 4}))
+    assert 0 < audio < both and audio + video == both

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, TRAINED
+from conftest import ROOT, TRAINED, tiny_avsr
 from safetensors.torch import load_file, save_file
 
 import data
@@ -26,7 +27,7 @@ import sample
 import train
 from data import Clip
 from mome import AVSR, Llama, LlamaConfig
-from real import run
+from real import report, run
 from real.checkpoint import load_model
 from real.files import CheckpointError
 from real.run import Run
@@ -350,8 +351,9 @@ def letters(text):
 
 def test_the_step_of_train_py_is_the_papers_loss(tiny, talker_clips, tmp_path, monkeypatch):
     """The mean over the sets of rates of cross-entropy + 0.01 * balance; its gradient is clipped to norm 1."""
-    calls, steps, loss = [], [], tiny.loss
+    calls, steps, loss, augmented = [], [], tiny.loss, []
     tiny.loss = lambda *args: calls.append(args) or loss(*args)
+    monkeypatch.setattr(train, "rows_of", lambda *args: augmented.append(args) or data.rows_of(*args))
 
     def clip(trained, norm):
         each = [cross_entropy + 0.01 * balance for cross_entropy, balance in (loss(*args) for args in calls)]
@@ -364,7 +366,58 @@ def test_the_step_of_train_py_is_the_papers_loss(tiny, talker_clips, tmp_path, m
     state = Run(config, [])
     train.train_mome(tiny, talker_clips, ["avsr"], [(4, 2), (8, 8)], SimpleNamespace(encode=letters), config, state)
     assert steps == [([{"audio": 4, "video": 2}, {"audio": 8, "video": 8}], 1.0)] * 2
-    assert state.optimizer.defaults["weight_decay"] == 0.1
+    assert state.optimizer.defaults["weight_decay"] == 0.1 and state.optimizer.defaults["betas"] == (0.9, 0.98)
+    assert augmented and all(isinstance(rng, random.Random) and voices == talker_clips for _, _, rng, voices in augmented)
+
+
+def test_parts_of_a_step_share_the_balancing_loss(tiny, talker_clips, tmp_path, monkeypatch):
+    totals, weight = [], next(parameter for parameter in tiny.parameters() if parameter.requires_grad)
+    tiny.loss = lambda *_: (0 * weight.sum(), 1 + 0 * weight.sum())
+    monkeypatch.setattr(Run, "log", lambda run, step, drawn, total, *_: totals.append(total))
+    for n_parts in (1, 2):
+        config = train.TrainConfig(out=str(tmp_path), fresh=True, steps=1, accumulate=n_parts)
+        train.train_mome(tiny, talker_clips, ["avsr"], [(4, 2)], SimpleNamespace(encode=letters), config, Run(config, []))
+    assert totals == pytest.approx([0.01, 0.01])
+
+
+def test_the_loss_of_the_curve_is_the_mean_since_its_last_point(tiny, talker_clips, tmp_path, monkeypatch):
+    losses, points = iter((1., 2., 3., 4.)), []
+    monkeypatch.setattr(Run, "sum_up", lambda *_: (next(losses), 0.))
+    monkeypatch.setattr(Run, "log", lambda *_: None)
+    config = train.TrainConfig(out=str(tmp_path), steps=4, batch_size=1, valid_every=2)
+    job = tiny, talker_clips, ["vsr"], [(8, 8)], SimpleNamespace(encode=letters), config, Run(config, [])
+    train.train_mome(*job, check=lambda *point: points.append(point))
+    assert points == [(2, 1.5), (4, 3.5)]
+
+
+@pytest.fixture
+def without_work(monkeypatch):
+    """train.train and train.train_and_test without stages, tests and files."""
+    for name in ("train_mome", "write_samples", "prepare_layers", "save_model", "table", "write_json", "load_tokenizer"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    monkeypatch.setattr(Run, "finish", lambda *_: None)
+
+
+def test_an_adapter_does_not_depend_on_what_the_cache_had(without_work, talker_clips, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "save_model", lambda model, *_, **__: found.append(model.llm.layers[0].self_attn.q_proj.lora[0].a.detach()))
+    for n_drawn in (1, 2):
+        def set_up(*_):
+            model = tiny_avsr()
+            torch.rand(n_drawn)              # stages 1 and 2 draw numbers if they are not in the cache
+            return model, {"train": talker_clips, "test": []}, None, {"frozen": None}, None
+        monkeypatch.setattr(train, "set_up", set_up)
+        train.train(train.TrainConfig(out=str(tmp_path), method="lora"), ["avsr"], [(2, 2)], "cpu", report.Stopwatch())
+    assert torch.equal(*found)
+
+
+def test_beam_is_that_of_the_calibration_and_of_the_test(without_work, tiny, talker_clips, tmp_path, monkeypatch):
+    beams, splits = [], dict.fromkeys(("train", "valid", "test"), talker_clips)
+    monkeypatch.setattr(train, "set_up", lambda *_: (tiny, splits, None, {"frozen": None}, None))
+    monkeypatch.setattr(train, "calibrate", lambda *args: beams.append(args[5:]) or {})
+    monkeypatch.setattr(train, "evaluate", lambda *args: beams.append(args[5:]) or [])
+    train.train_and_test(train.TrainConfig(out=str(tmp_path), device="cpu", beam=3))
+    assert beams == [(3,), (3,)]
 
 
 @pytest.fixture
@@ -389,6 +442,10 @@ def test_what_a_step_draws(drawing):
     one, _ = drawing(rates_per_step="1")
     alone = Counter(str(rates) for step in range(1000) for rates in one(step)[2])
     assert alone.total() == 1000 and len(alone) == 6 and min(alone.values()) > 100
+    other, _ = drawing(seed=1)
+    assert [draw(step)[0] for step in range(50)] != [other(step)[0] for step in range(50)]
+    _, clips, _, ((share, transcripts, _),) = draw(0)
+    assert share == 1 and transcripts == [letters(f" {clip.text}") for clip in clips]
 
 
 @pytest.mark.parametrize("more, steps", [({}, 1700), ({"data": "x"}, 3500), ({"data": "x", "llm": "y"}, 700),
@@ -401,6 +458,8 @@ def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
     rates = [train.learning_rate(step, 1700, 2.) for step in (0, 14, 29, 850, 1699)]
     assert rates == pytest.approx([2 / 30, 1, 2, 1.05, 0.1], rel=1e-2)
     assert train.learning_rate(0, 6, 2.) == 2       # a short run hardly warms up
+    peaks = [train.TrainConfig(**more).peak_lr for more in ({}, {"method": "lora"}, {"data": "x", "method": "lora"}, {"lr": 1.})]
+    assert peaks == [3e-3, 4.5e-3, 1.5e-3, 1]
 
 
 def test_log_and_facts(whole):
@@ -592,12 +651,29 @@ def test_padding_is_not_counted(tmp_path, monkeypatch):
     assert looking.counts == {}                                # it has looked for experts without work
 
 
+def test_the_log_has_the_worst_layer_and_the_tokens_at_all_rates(tmp_path, monkeypatch):
+    looking = Run.__new__(Run)
+    looking.counts, looking.n_tokens, looking.looked, looking.began, looking.out = {}, 0, 0, 0, tmp_path
+    looking.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 2.))
+    even = torch.full((4, 4), .25), torch.arange(4)[:, None]                          # probabilities and choices of 4 tokens
+    uneven = torch.eye(4)[[0, 0, 0, 1]], torch.tensor([[0], [0], [0], [1]])
+    llm = SimpleNamespace(layers=[SimpleNamespace(mome=SimpleNamespace(routed=routed)) for routed in (even, uneven)])
+    parts = [(1., [], {"audio": (None, torch.tensor([9, 2]))})]                       # 3 + 1 and 5 + 1 tokens in 2 s
+    looking.log(0, ("asr", [], [{"audio": 4}, {"audio": 2}], parts), 1., 1., llm)
+    row = dict(zip(run.COLUMNS, (tmp_path / "log.csv").read_text().split(",")))
+    assert (row["max_load"], row["router_entropy"], row["tokens_per_s"]) == ("3.00", "0.562", "5")
+
+
 def test_experts_without_work_are_named(capsys):
     looking = Run.__new__(Run)
     looking.top_k, looking.counts = 2, {0: torch.tensor([5., 5, 0, 5]), 1: torch.tensor([50., 50, 1, 1]), 2: torch.ones(4)}
     looking.look_at_experts()
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 and "layer 0: expert 2 got no token" in notes[0] and "layer 1: its router has collapsed" in notes[1]
+    looking.counts = {0: torch.tensor([5., 5])}         # top_k is all there are
+    looking.look_at_experts()
+    assert not capsys.readouterr().err
 
 
 def test_a_path_may_be_written_in_another_way(tmp_path, monkeypatch):
@@ -605,11 +681,33 @@ def test_a_path_may_be_written_in_another_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
 
-    def settings(folder, name="a.wav"):
-        clips = [Clip(os.path.join(folder, name), "bin", log_power=np.zeros((80, 9), np.float16))]
+    def keys(folder, name="a.wav", text="bin"):
+        clips = [Clip(os.path.join(folder, name), text, log_power=np.zeros((80, 9), np.float16))]
         return Run(train.TrainConfig(out="out", data=folder), clips).settings, clips_digest(clips)
-    assert settings("clips") == settings("clips/") == settings(str(tmp_path / "clips")) == settings("/other/clips")
-    assert settings("clips") != settings("clips", "b.wav")
+    assert keys("clips") == keys("clips/") == keys(str(tmp_path / "clips")) == keys("/other/clips")
+    for more in ({"name": "b.wav"}, {"text": "red"}):
+        assert all(key != other for key, other in zip(keys("clips"), keys("clips", **more)))
+
+
+@pytest.mark.parametrize("same, flags", [
+    (True, {"out": "x", "cache": "x", "device": "cpu", "snr": "clean", "beam": 5, "test_clips": 3, "max_bad": "9%", "save_every": 1.,
+            "accumulate": 2, "batch_seconds": 9., "checkpointing": True, "compile": True}),
+    (False, {"batch_size": 2, "seed": 1, "copies": 1, "weight_decay": 0., "tasks": "asr", "valid_every": 9, "place": "ffn"})])
+def test_which_flags_make_another_training(same, flags):
+    usual = Run(train.TrainConfig(), []).settings
+    for flag, value in flags.items():
+        assert (Run(train.TrainConfig(**{flag: value}), []).settings == usual) == same, flag
+
+
+def test_all_processes_stop_if_one_was_asked(tmp_path, monkeypatch):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    monkeypatch.setattr(run, "place", lambda: (0, 2))
+    for asked in (0, 1):
+        state = Run(train.TrainConfig(out=str(tmp_path)), [])
+        state.trained = [parameter]
+        monkeypatch.setattr(run, "summed", lambda x: x + torch.tensor([0, 0, 0, 1, 0, asked]))      # what the other process has
+        assert state.sum_up(1., 2.) == (2, 2) and state.stop == bool(asked) and parameter.grad.tolist() == [1, 1, 1]
 
 
 def test_a_run_that_began_anew_says_how_to_go_on(tmp_path, capsys):

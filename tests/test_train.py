@@ -250,6 +250,8 @@ def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
         n_routed, top_k, n_shared, bottleneck = 23, 4, 1, 12
     llama_3b = LlamaConfig(128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, ffn_dim=8192, head_dim=128)
     assert baselines.lora_rank(llama_3b, Paper) == 22  # the paper's LoRA of rank 48 has 27.5M, its MoME 12.7M active
+    alone = [SimpleNamespace(n_routed=0, top_k=top_k, n_shared=1, bottleneck=48) for top_k in (1, 4)]
+    assert len({baselines.lora_rank(LlamaConfig(99), experts) for experts in alone}) == 1      # experts that are not there
 
 
 def test_mss_begins_with_loras_of_their_own(tiny):

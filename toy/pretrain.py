@@ -36,7 +36,7 @@ from toy.tokenizer import common_words
 
 VERSION = 1        # raise this by hand when a change of code makes other weights from the same input
 LLM_BATCH = 16     # sentences in a step of stage 2
-MADE_UP = 0.45     # share of them that are random words: with fewer, the Llama learns the grammar and not the letters
+MADE_UP = 0.45     # share of sentences of random words; with fewer, the Llama learns the grammar, not the letters
 REACH = 6          # audio tokens (20 ms each) by which a unit is extended on each side of where CTC finds it
 
 
@@ -118,7 +118,7 @@ def frame_units(aligned, n_tokens, tokens_per_second, unit_ids):
 def ctc_path(log_probs, target):
     """CTC's likeliest path (Viterbi) through log_probs (T, units + 1) for the units `target` (N,) -> (T,).
 
-    It is k in a token that says the k-th unit, counted from 1, and 0 in one that says none. None: T is too small."""
+    A token of the k-th unit (k from 1) has the value k, any other 0. The result is None if T is too small."""
     labels = torch.zeros(2 * len(target) + 1, dtype=torch.long)             # blank, unit, blank, unit, ..., blank
     labels[1::2] = target
     places = torch.arange(len(labels))
@@ -166,9 +166,8 @@ def heard_units(encoder, head, clips, unit_ids, device):
 def train_encoder(stream, encoder, clips, units, steps, seed, device, alignments):
     """Pretrain an encoder with an output layer -> its state dict. With real clips, "head.*" holds the output layer.
 
-    Aligned clips: cross-entropy with the unit at each token. Other clips: CTC. Aligned are those of the synthetic
-    talker and those in `alignments`, {a clip's name: its alignment}. If these are more than half, other clips are
-    not used; if they are fewer, alignments are not."""
+    Clips with an alignment: cross-entropy with the unit at each token. Others: CTC. The synthetic talker's clips have
+    one. If over half of real clips are in `alignments` {name: alignment}, only those are used, else all by CTC."""
     encoder.to(device).train()
     unit_ids = {unit: i + 1 for i, unit in enumerate(units)}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
@@ -244,7 +243,7 @@ def learn_encoder(stream, encoder, clips, units, of_clips, alignments, tested, c
         return {}
     head = nn.Linear(encoder.config.dim, len(units) + 1).to(device)
     head.load_state_dict(layer)
-    names = ["", *units]                                                 # a transcript may have the word rest
+    names = ["", *units]                                                 # "": rest; "rest" may be a word
     make = partial(heard_units, encoder.eval(), head, clips, {unit: i for i, unit in enumerate(names)}, device)
     heard = [(clips[int(i)], tokens.tolist()) for i, tokens in cached(cache, "alignments", key, make).items()]
     return {clip.name: alignment(tokens, names, clip.duration) for clip, tokens in heard}

@@ -67,7 +67,7 @@ SOUNDS = {
     "JH": (280, 1900, 2500, .35, 0, .7, 3000, 900)}
 STOPS = {"P", "B", "T", "D", "K", "G", "CH", "JH"}  # a stop is first closed and nearly silent, then it bursts
 
-TALKER_RANGES = dict(  # a talker is one uniform draw from each range; lengths on screen are in half picture widths
+TALKER_RANGES = dict(  # a person is one uniform draw from each; tilt_hz and pitch: Hz; roll: rad; lengths: half pictures
     pitch=(90, 230), lilt=(.05, .2), tract=(.84, 1.18), pace=(.9, 1.25), loudness=(.03, .12), breathiness=(.01, .06),
     tilt_hz=(350, 900), mouth=(.52, .68), lip=(.13, .2), jaw=(.8, 1.2), x=(-.1, .1), y=(-.1, .1), roll=(-.12, .12),
     skin=(.5, .8), lip_shade=(.5, .7), teeth_shade=(.8, 1.), light=(-.12, .12), camera_noise=(.005, .03))
