@@ -155,6 +155,7 @@ def test_rows_of_unequal_length_are_computed_without_padding(place):
 def test_only_shared_experts_and_no_experts():
     x = torch.randn(5, 16)
     mome = random_mome(n_routed=0, n_shared=2)
+    assert mome.n_active == 2
     expected = sum(F.gelu(x @ mome.down[n].T + mome.down_bias[n]) @ mome.up[n] + mome.up_bias[n] for n in range(2))
     for path in ("loop", *PATHS):
         mome.path = path
@@ -255,6 +256,13 @@ def test_new_mome_changes_nothing_and_then_something(place):
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         LlamaConfig(10, **wrong)
+
+
+def test_what_is_trained_begins_small(tiny):
+    """Of the markers <audio>, </audio>, <video>, </video> no two are equal. Down-projections begin as linear layers do."""
+    markers = torch.cat(list(tiny.markers.values()))
+    assert 0.015 < markers.std() < 0.025 and len(markers.unique(dim=0)) == 4
+    assert 0.8 < MoME(64, 4, 2, 1, 8).down.abs().max() * 64 ** 0.5 <= 1
 
 
 @pytest.mark.parametrize("part", ["norm", "layers.0.input_layernorm", "layers.1.post_attention_layernorm"])
