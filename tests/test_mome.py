@@ -258,6 +258,12 @@ def test_wrong_sizes_are_refused(wrong):
         LlamaConfig(10, **wrong)
 
 
+def test_tokens_of_a_bf16_encoder_are_averaged_in_fp32(tiny):
+    x, lengths = torch.randn(1, 64, 16).bfloat16(), torch.tensor([64])
+    (half,), (whole,) = (tiny.prefix({"audio": (tokens, lengths)}, {"audio": 8}) for tokens in (x, x.float()))
+    assert torch.equal(half, whole)
+
+
 def test_what_is_trained_begins_small(tiny):
     """Of the markers <audio>, </audio>, <video>, </video> no two are equal. Down-projections begin as linear layers do."""
     markers = torch.cat(list(tiny.markers.values()))
