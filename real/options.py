@@ -104,6 +104,11 @@ def sample_clips(ckpt):
     return paths
 
 
+def expanded(path):
+    """[path], or the files of a pattern like *.mp4, which the shell may have left. A bracket is a letter of a name."""
+    return not os.path.exists(path) and sorted(glob(path.replace("[", "[[]"))) or [path]
+
+
 def check_sample_options(args):
     """Check the command line of sample.py against its checkpoint before any clip is read -> its config, the paths.
 
@@ -115,8 +120,7 @@ def check_sample_options(args):
     if args.task and not set(TASKS[args.task]) <= set(model.encoders):
         streams = " and ".join(model.encoders)
         raise ValueError(f"--task {args.task}: the model in {args.ckpt} reads {streams} only")
-    clips = [found for path in args.clips                  # the shell may have left a pattern like *.mp4
-             for found in (not os.path.exists(path) and sorted(glob(path)) or [path])] or sample_clips(args.ckpt)
+    clips = [found for path in args.clips for found in expanded(path)] or sample_clips(args.ckpt)
     if len(clips) != 1 and (args.srt or args.show_crop):
         raise ValueError(f"--srt and --show-crop are for one clip, and {args.clips[0]} is {len(clips)}")
     for flag, path in (("--srt", args.srt), ("--show-crop", args.show_crop)):

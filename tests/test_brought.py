@@ -603,11 +603,15 @@ def test_a_closed_pipe_ends_sample_py(tmp_path, voice):
 
 
 def test_a_pattern_in_quotes_is_expanded(tmp_path, voice, capsys):
+    """Brackets are letters of a name: talk[1].wav, which is not there, is not talk1.wav."""
     saved(tmp_path / "out")
-    for i in range(2):
-        soundfile.write(tmp_path / f"clip{i}.wav", voice, 16000)
-    assert sample.main([str(tmp_path / "clip*.wav"), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
+    (tmp_path / "a[1]").mkdir()
+    for name in ("clip0", "clip1", "talk1"):
+        soundfile.write(tmp_path / f"a[1]/{name}.wav", voice, 16000)
+    assert sample.main([str(tmp_path / "a[1]/clip*.wav"), "--ckpt", str(tmp_path / "out"), "--json"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+    assert sample.main([str(tmp_path / "a[1]/talk[1].wav"), "--ckpt", str(tmp_path / "out")]) == 2
+    assert "talk[1].wav: no such file" in capsys.readouterr().err
 
 
 def test_scripts_without_spaces_are_measured_by_letters():
