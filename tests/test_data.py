@@ -333,7 +333,8 @@ def test_spell():
 
 # --- real voices ---
 
-def test_fsdd_importer(tmp_path):
+def test_fsdd_importer(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "SPLITS", {split: (takes, n_clips // 10) for split, (takes, n_clips) in digits.SPLITS.items()})
     for digit in range(10):
         for take in range(8):
             path = tmp_path / "recordings" / f"{digit}_ann_{take}.wav"
@@ -347,5 +348,5 @@ def test_fsdd_importer(tmp_path):
             soundfile.write(tmp_path / "recordings" / f"{digit}_ann_{take}.wav", np.full(800, .1), 8000)
     assert digits.main([str(tmp_path / "recordings"), str(tmp_path / "out"), "--talkers", "ann"]) == 0
     texts = {part: {p.read_text().strip() for p in (tmp_path / "out" / part).glob("*.txt")} for part in ("train", "test")}
-    assert not texts["train"] & texts["test"] and len(list((tmp_path / "out/train").glob("*.flac"))) == 800
-    assert all(3 <= len(text.split()) <= 6 for text in texts["test"]) and len(list((tmp_path / "out/test").glob("*.flac"))) == 200
+    assert not texts["train"] & texts["test"] and len(list((tmp_path / "out/train").glob("*.flac"))) == 80
+    assert all(3 <= len(text.split()) <= 6 for text in texts["test"]) and len(list((tmp_path / "out/test").glob("*.flac"))) == 20
