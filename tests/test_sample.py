@@ -39,6 +39,12 @@ def test_sample_py_searches_the_beam_that_is_asked_for(trained, widths):
     assert sample.main(["--ckpt", str(trained), str(clip), "--beam", "3"]) == 0 and widths == [3]
 
 
+def test_the_finest_rate_is_that_of_the_most_tokens():
+    """Sound has twice as many tokens as lips."""
+    coarse, fine = sample.trained_rates("avsr", {"rates": [(2, 8), (8, 2)]})
+    assert (coarse, fine) == ({"audio": 8, "video": 2}, {"audio": 2, "video": 8})
+
+
 def test_a_transcript_has_at_most_the_tokens_of_the_config(tiny, talker_clips):
     encoded = tiny.encode(data.batch(talker_clips, ["audio"]))
     for most in (3, 40):
