@@ -34,6 +34,13 @@ def test_a_test_searches_the_beam_that_is_asked_for(tiny, talker_clips, widths):
         assert len(widths) > n_calls and set(widths) == {3}
 
 
+def test_a_test_encodes_lips_once_and_sound_once_for_each_noise(tiny, talker_clips, monkeypatch):
+    encoded, encode = [], tiny.encode
+    monkeypatch.setattr(tiny, "encode", lambda inputs: encoded.append(list(inputs)) or encode(inputs))
+    sample.evaluate(tiny, talker_clips, sample.fixed_plan(["avsr"], [(8, 8), (4, 4)]), [None, 0., -5.], NUMBERS)
+    assert encoded == [["audio", "video"], ["audio"], ["audio"]]
+
+
 def test_sample_py_searches_the_beam_that_is_asked_for(trained, widths):
     clip = next((trained / "samples").glob("*.mp4"))
     assert sample.main(["--ckpt", str(trained), str(clip), "--beam", "3"]) == 0 and widths == [3]
@@ -119,7 +126,7 @@ GOOD, BAD, EXTRA = ("a b", "a b"), ("a b", "a c"), ("a b", "a b c")          # r
     ([GOOD, BAD, GOOD], [GOOD, GOOD, BAD], 0),                               # a word won below makes up for none lost above
     ([GOOD, EXTRA, GOOD], [GOOD] * 3, 0),
     ([BAD, GOOD], [GOOD] * 2, 0),                                            # every clip is decoded twice
-    ([GOOD] * 399 + [BAD], [GOOD] * 400, -399)])                             # 1 of 800 words, less than MAX_LOSS
+    ([GOOD] * 397 + [BAD] * 3, [GOOD] * 400, -397)])                         # 1 of 800 words is less than MAX_LOSS, 2 are more
 def test_the_threshold_of_auto(monkeypatch, talker_clips, coarse, fine, threshold):
     """The coarse rate's answers are in falling order of log-probability, 0, -1, -2 ..."""
     answers = [(*texts, -float(i), 9) for i, texts in enumerate(coarse)], [(*texts, -.5, 9) for texts in fine]
