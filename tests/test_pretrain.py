@@ -121,3 +121,12 @@ def test_what_names_the_results_in_the_cache(talker_clips, monkeypatch):
     found += [encoder_key(real, **change) for change in (*of_all, *of_real)]
     found += [llama_key(**change) for change in ({}, {"texts": ["b"]}, {"tested": [sentence]}, {"seed": 1}, {"llm_steps": 9})]
     assert len(set(found)) == len(found) == 17
+
+
+def test_each_step_of_stage_1_augments_anew(talker_clips, monkeypatch):
+    states = []
+    monkeypatch.setattr(pretrain, "fit", lambda name, parameters, loss_at, *_: [loss_at(step) for step in range(2)])
+    monkeypatch.setattr(pretrain, "batch", lambda clips, streams, rng, voices: states.append(rng.getstate()) or data.batch(
+        clips, streams, rng, voices))
+    pretrain.train_encoder("audio", tiny_avsr().encoders["audio"], talker_clips, ["AA"], 2, 0, torch.device("cpu"), {})
+    assert states[0] != states[1]
