@@ -28,10 +28,10 @@ MAX_RATE = 10_000                                        # the most tokens that 
 MAX_SECONDS = 30                                         # the audio encoder has no positions for longer clips
 LETTERS = r"[\p{L}\p{M}\p{N}]+"
 WORD = regex.compile(rf"(?!\p{{M}}){LETTERS}(?:(?:['\u05f4\u200c\u200d]|(?<=[lL])·(?=[lL])){LETTERS})*")
-EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"  # HIDDEN drops quotation marks between two
+EAST = r"[\p{scx=Hangul}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}]"  # between two of these no quotation mark
 HIDDEN = regex.compile(rf"""(?![\u200b-\u200d])\p{{DI}}|[\u20e3\u0640]|(?<={EAST})['"“”«»〈-』]+(?={EAST})""")
 FORMS = regex.compile(r"[ĲĳĿŀŉſẛǄ-ǌǱ-ǳ⼀-⿟\ufb00-\ufdff\ufe70-\uffef\U0001d400-\U0001d7ff]+")  # joined or wide
-GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # " in its place
+GERSHAYIM = regex.compile(r"""(?<=\p{Hebrew})["“”](?=\p{Hebrew}\p{M}*(?!\p{Hebrew}))""")  # typed as "
 PLAIN = str.maketrans(dict.fromkeys("’‘ʼʻ`´‛′՚׳", "'"))
 
 
@@ -245,7 +245,7 @@ def drawn_clips(clips, size, seed, step):
 # --- text -------------------------------------------------------------------------------------------------
 def normalize(text):
     """Lower case; letters with their marks, digits, and apostrophes inside words; single spaces.
-    NFC, and NFKC of FORMS, give a word one coding. Training, WER and transcripts share this."""
+    NFC, and NFKC of FORMS, give equal words one coding. Training, WER and transcripts share this."""
     text = FORMS.sub(lambda forms: unicodedata.normalize("NFKC", forms[0]), text)
     text = unicodedata.normalize("NFC", text).translate(PLAIN)
     words = WORD.findall(GERSHAYIM.sub("״", HIDDEN.sub("", text)))

@@ -182,7 +182,7 @@ class MoME(nn.Module):
         return torch.zeros_like(x).index_add(0, token, gate * y)
 
     def best_path(self, x):
-        """"grouped" if it pays: it skips E - A experts but copies a token A times. Else "wide"."""
+        """The path for x (N, D). `grouped` skips E - A experts but copies a token A times. Else `wide`."""
         (E, R, D), A = self.down.shape, self.n_active
         supported = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
         supported = supported and D * x.element_size() % 16 == 0

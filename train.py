@@ -91,7 +91,7 @@ class TrainConfig:
     test_clips: int = flag(500, "test clips of the talker", least=1)
     audio_steps: int = flag(650, "steps of stage 1, audio encoder", least=1)
     video_steps: int = flag(600, "steps of stage 1, video encoder", least=1)
-    ctc_steps: int = flag(1500, "more of them with --data, each encoder, on its clips", least=1)
+    ctc_steps: int = flag(1500, "further steps of stage 1 on the clips of --data, each encoder", least=1)
     llm_steps: int = flag(1000, "steps of stage 2", least=1)
     projector_dim: int = flag(0, "hidden width of the projectors; 0: the LLM's width, at least 256", least=0)
     valid_every: int = flag(0, "steps between tests on held-out clips; 0: no test, no clip held out", least=0)

@@ -208,7 +208,8 @@ def tables(rows):
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
               for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
     opened |= {"MoME, 3,000 steps, greedy": ("mome", "3,000 steps")}
-    digits = {"MoME": ("mome", ""), "projectors only": ("projectors", ""), "MoME, all parts stand-ins": ("mome", "stand-ins")}
+    digits = {title: METHODS[title] for title in ("MoME", "projectors only")} | {
+        "MoME, all parts stand-ins": ("mome", "stand-ins")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
     sound = {name: condition for name, condition in CONDITIONS.items() if condition[0] == "asr"}
     return {

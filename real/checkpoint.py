@@ -138,7 +138,7 @@ def load_for_use(ckpt, verify=False, device="auto", **paths):
 
 @lru_cache(maxsize=1)
 def load_once(changed, ckpt, verify, device, paths):
-    """load_for_use, cached. changed: the time of config.json."""
+    """The cached part of load_for_use. changed: the time of config.json."""
     model, config = load_model(ckpt, dict(paths), verify, choose_device(device))
     return model, config, load_tokenizer(config["paths"].get("llm", ckpt))
 

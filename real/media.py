@@ -60,8 +60,8 @@ class Source:
     picture_size: tuple[int, int] | None  # width and height as shown; None: no pictures
     seconds: float                        # its header's duration if that is at most MAX_SECONDS, else its packets'
     claimed: float = 0.                   # the duration that ffmpeg reads from its header; 0: none, or a guess
-    picture_track: int = 0                # the number of the one that is read
-    sound_track: int = 0                  # the number of the one that is read
+    picture_track: int = 0                # the number of the picture track that is read
+    sound_track: int = 0                  # the number of the sound track that is read
     late: int = 0                         # samples by which its sound begins after its start
     mix: str = "aformat=channel_layouts=mono"    # the filter that makes one channel of several
     complaints: list[str] = field(default_factory=list)  # ffmpeg's messages about damage that it could read past
