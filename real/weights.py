@@ -209,16 +209,43 @@ def few_rows_linear(x, weight, bias=None):
     if not (few and on_mkl):
         return F.linear(x, weight, bias)
     columns = x.reshape(1, -1, x.shape[-1]).mT.expand(N_SPLITS, -1, -1)         # (N_SPLITS, d_in, N)
-    y = torch.bmm(weight.unflatten(0, (N_SPLITS, -1)), columns).flatten(0, 1)   # (d_out, N)
-    y = y.mT.reshape(*x.shape[:-1], -1)
+    y = torch.bmm(weight.view(N_SPLITS, -1, x.shape[-1]), columns)              # (N_SPLITS, d_out / N_SPLITS, N)
+    y = y.permute(2, 0, 1).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 class FewRowsLinear(nn.Linear):
-    """nn.Linear with `few_rows_linear`."""
+    """nn.Linear with `few_rows_linear`. In decoding it takes its part of `joined.products`, if its weight is in there."""
+    joined, part = None, None           # JoinedWeights sets them
 
     def forward(self, x):
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+        if few and self.joined and self.weight.data_ptr() == self.part.data_ptr():
+            y = self.joined.products(x)[self.number]
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         return few_rows_linear(x, self.weight, self.bias)
+
+
+class JoinedWeights:
+    """The weights of linear layers that read the same x, as one matrix: in decoding one product serves them all.
+
+    The weights of the layers become parts of it, so no number is kept twice. The first layer that is called with an x
+    computes the product, and the others find it."""
+
+    def __init__(self, *layers):
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.last = None, None          # x and its products
+        for number, (layer, part) in enumerate(zip(layers, self.weight.split(self.sizes))):
+            layer.weight.data, layer.joined, layer.part, layer.number = part, self, part, number
+
+    def products(self, x):
+        """x (..., d_in) -> for each layer (..., d_out), without its bias."""
+        known, products = self.last
+        if known is not x:
+            products = few_rows_linear(x, self.weight).split(self.sizes, -1)
+            self.last = x, products
+        return products
 
 
 def few_rows_logits(llm, hidden):
@@ -229,10 +256,13 @@ def few_rows_logits(llm, hidden):
 def speed_up(llm):
     """Let a Llama's linear layers, except MoME's routers, and its logits use `few_rows_linear`. Returns the same Llama.
 
-    Only the class of the layers changes. Their parameters and names stay."""
+    Only the class of the layers changes, and where their weights lie. Their parameters and names stay."""
     for name, module in llm.named_modules():
         if type(module) is nn.Linear and ".mome." not in name:
             module.__class__ = FewRowsLinear
+    for layer in llm.layers if llm.norm.weight.dtype == torch.float32 else ():      # else it is for a GPU
+        JoinedWeights(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        JoinedWeights(layer.mlp.gate_proj, layer.mlp.up_proj)
     llm.logits = MethodType(few_rows_logits, llm)
     return llm
 

@@ -172,13 +172,67 @@ def test_a_loaded_llama_uses_products_with_few_rows(tmp_path, tied, monkeypatch)
     monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
     tokens = torch.randint(96, (1, 3))
     expected = llm(tokens)
-    assert len(shapes) == 2 * 7 + 1 and shapes[-1] == (96, 32)  # the logits too
+    assert len(shapes) == 2 * 4 + 1 and shapes[-1] == (96, 32)  # q, k, v together, gate and up too; and the logits
     monkeypatch.undo()
     monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
     torch.testing.assert_close(llm(tokens), expected)
     copied = copy.deepcopy(llm)
     copied.embed_tokens.weight.zero_()
     assert copied.logits.__self__ is copied
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_that_read_the_same_x_share_one_product(tmp_path, biased, monkeypatch):
+    random_llama(tmp_path, attention_bias=biased, mlp_bias=biased)
+    monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
+    llm = Llama.from_pretrained(tmp_path)
+    attention, mlp = llm.layers[0].self_attn, llm.layers[0].mlp
+    joined = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in joined}) == 1    # no number is kept twice
+    products, shapes = weights.few_rows_linear, []
+
+    def few_rows_linear(x, weight, bias=None):
+        shapes.append(weight.shape[0])
+        return products(x, weight, bias)
+
+    monkeypatch.setattr(weights, "few_rows_linear", few_rows_linear)
+    for x in (torch.randn(1, 1, 32), torch.randn(3, 1, 32), torch.randn(1, 1, 32)):
+        shapes.clear()
+        for layer in (*joined, mlp.up_proj, mlp.gate_proj):     # in any order
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert shapes == [sum(layer.out_features for layer in joined), 2 * mlp.up_proj.out_features]
+    x = torch.randn(1, 5, 32)                                   # of many tokens each layer computes its own
+    shapes.clear()
+    torch.testing.assert_close(attention.q_proj(x), F.linear(x, attention.q_proj.weight, attention.q_proj.bias))
+    assert shapes == [attention.q_proj.out_features]
+
+
+def test_joined_weights_follow_every_change(tmp_path, monkeypatch):
+    """A new weight, one that is written into, a copy of the model, a gradient: each layer computes with its own weight."""
+    random_llama(tmp_path)
+    monkeypatch.setattr(weights, "MIN_WEIGHTS", 1)
+    llm = Llama.from_pretrained(tmp_path)
+    attention, x = llm.layers[0].self_attn, torch.randn(1, 1, 32)
+
+    def check(layers):
+        with torch.no_grad():
+            for layer in layers:
+                torch.testing.assert_close(layer(x.clone()), F.linear(x, layer.weight))
+
+    q, k, v = layers = attention.q_proj, attention.k_proj, attention.v_proj
+    k.weight = torch.nn.Parameter(torch.randn_like(k.weight))
+    check(layers)
+    q.weight.data.mul_(2)
+    check(layers)
+    llm.load_state_dict({name: torch.randn_like(tensor) for name, tensor in llm.state_dict().items()})
+    check(layers)
+    copied = copy.deepcopy(llm)
+    copied.layers[0].self_attn.v_proj.weight.data.zero_()
+    check([copied.layers[0].self_attn.v_proj, v])
+    v.weight.requires_grad_()
+    v(x).sum().backward()
+    torch.testing.assert_close(v.weight.grad, x[0].expand_as(v.weight))
 
 
 # --- fingerprints ---
