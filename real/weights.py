@@ -215,8 +215,8 @@ def few_rows_linear(x, weight, bias=None):
 
 
 class FewRowsLinear(nn.Linear):
-    """nn.Linear with `few_rows_linear`. In decoding it takes its part of `joined.products`, if its weight is in there."""
-    joined, part = None, None           # JoinedWeights sets them
+    """nn.Linear with `few_rows_linear`. In decoding, layers with JoinedWeights share one product."""
+    joined, part = None, None           # JoinedWeights sets them. A weight that was replaced is no longer `part`
 
     def forward(self, x):
         few = x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
@@ -229,8 +229,8 @@ class FewRowsLinear(nn.Linear):
 class JoinedWeights:
     """The weights of linear layers that read the same x, as one matrix: in decoding one product serves them all.
 
-    The weights of the layers become parts of it, so no number is kept twice. The first layer that is called with an x
-    computes the product, and the others find it."""
+    The weights of the layers become parts of this matrix, so no number is kept twice. The first layer that is called
+    with a tensor x computes the product, and the others find it. Until then nobody may write into x or the weights."""
 
     def __init__(self, *layers):
         self.sizes = [layer.out_features for layer in layers]
