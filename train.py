@@ -81,7 +81,8 @@ class TrainConfig:
     batch_size: int = flag(4, "clips in a step of stage 3, of all processes of torchrun together", least=1)
     batch_seconds: float = flag(120., "seconds of clips that a process computes at a time", least=1)
     accumulate: int = flag(1, "parts in which a process computes its clips of a step; saves memory", least=1)
-    rates_per_step: str = flag("all", "sets of rates in a step; 1 is drawn at random", choices=("all", "1"))
+    rates_per_step: str = flag("all", "sets of rates in a step; 1: drawn at random; "
+                               "coarse: 1, and rate 16 twice as often as 4", choices=("all", "1", "coarse"))
     checkpointing: bool = flag(False, "compute activations of the LLM twice, to save memory")
     compile: bool = flag(False, "compile the layers of the LLM by torch.compile")
     lr: float = flag(0., "peak learning rate; 0: 3e-3, lora 4.5e-3, projectors 2e-3; --data 1.5e-3", least=0)
@@ -154,8 +155,10 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
         task = rng.choices(tasks, [TASK_SHARE[task] for task in tasks])[0]
         chosen = read_drawn(usable[task], TASKS[task], config.batch_size, seed, step)
         rate_sets = task_rates(task, pairs)
-        if config.rates_per_step == "1":
-            rate_sets = [random.Random(f"{seed} {step} rates").choice(rate_sets)]
+        if config.rates_per_step != "all":
+            power = 0.5 if config.rates_per_step == "coarse" else 0             # coarse: not in the paper
+            weights = [max(rates.values()) ** power for rates in rate_sets]
+            rate_sets = random.Random(f"{seed} {step} rates").choices(rate_sets, weights)
         transcripts = [tokenizer.encode(f" {clip.text}") for clip in chosen]
         shares = split_step(chosen, transcripts, config)
         encoded = encode_parts(model, chosen, shares, task, rng, voices, features)
@@ -164,8 +167,7 @@ def train_mome(model, clips, tasks, pairs, tokenizer, config, run, features=None
 
     first = run.begin(trained, optimizer)
     recent = run.kept["recent"]                             # losses since the last check
-    batches = prefetched(batch_of, first, steps)
-    progress = tqdm(batches, f"stage 3, {config.method}", steps, initial=first)
+    progress = tqdm(prefetched(batch_of, first, steps), f"stage 3, {config.method}", steps, initial=first)
     for step, drawn in enumerate(progress, first):
         _, _, rate_sets, parts = drawn
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, config.peak_lr)

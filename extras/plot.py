@@ -231,7 +231,8 @@ def tables(rows):
         "digits": by_condition(chosen(tested, data="digits"), "4,8,16", digits, sound),
         "an4": by_condition(
             chosen(tested, data="an4"), "4,8,16",
-            few | {f"MoME, {variant}": ("mome", variant) for variant in ("beam 5", "2,200 steps", "5 copies")}, clean),
+            few | {f"MoME, {variant}": ("mome", variant) for variant in (
+                "coarse rates more often", "beam 5", "2,200 steps", "5 copies")}, clean),
         "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", opened, clean),
         "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
 

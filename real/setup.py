@@ -63,7 +63,7 @@ def check_config(config):
         raise ValueError(f"--compile: not with --method {config.method}; choosing a copy at each step leaves nothing to fuse")
     if config.method in ("mome-routers", "mome-bias") and not config.n_routed:
         raise ValueError(f"--method {config.method} is about the router: --n-routed must be 1 or more")
-    if config.method == "mome-teacher" and config.rates_per_step == "1":
+    if config.method == "mome-teacher" and config.rates_per_step != "all":
         raise ValueError("--method mome-teacher: the finest rate teaches the others in the same step, so --rates-per-step is all")
     if config.method == "mome-teacher":
         finest_rates([rates for task in config.tasks.split(",") for rates in task_rates(task, parse_rates(config.rates))])

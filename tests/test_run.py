@@ -442,6 +442,9 @@ def test_what_a_step_draws(drawing):
     one, _ = drawing(rates_per_step="1")
     alone = Counter(str(rates) for step in range(1000) for rates in one(step)[2])
     assert alone.total() == 1000 and len(alone) == 6 and min(alone.values()) > 100
+    coarse, _ = drawing(rates_per_step="coarse")
+    lips = Counter(rates["video"] for task, _, (rates,), _ in map(coarse, range(4000)) if task == "vsr")
+    assert lips[8] / lips[2] == pytest.approx(2, abs=.4)                         # the square root of 8 / 2
     other, _ = drawing(seed=1)
     assert [draw(step)[0] for step in range(50)] != [other(step)[0] for step in range(50)]
     _, clips, _, ((share, transcripts, _),) = draw(0)
