@@ -106,8 +106,7 @@ def with_log_power(clip, n_mels=80, keep_wave=True):
     """The clip with `log_power` computed from its wave. keep_wave=False drops the wave to save memory."""
     if clip.wave is None:
         return clip
-    power = mel_power(torch.from_numpy(clip.wave), n_mels)
-    log_power = power.clamp(min=1e-10).log10().half().numpy()
+    log_power = mel_power(torch.from_numpy(clip.wave), n_mels).clamp(min=1e-10).log10().half().numpy()
     return replace(clip, log_power=log_power, wave=clip.wave if keep_wave else None)
 
 

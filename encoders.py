@@ -135,8 +135,7 @@ class Block(nn.Module):
         q, k, v = heads(self.q(h)), heads(self.k(h)), heads(self.v(h))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         x = x + self.out(h.transpose(1, 2).flatten(2))
-        h = self.ffn_norm(x)
-        return x + self.fc2(F.gelu(self.fc1(h)))
+        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
 
 class PositionConv(nn.Conv1d):

@@ -111,7 +111,8 @@ class MoME(nn.Module):
         With K = 1 the softmax value stays: a gate of 1 would give the router no gradient (not in the paper).
         The router computes in fp32: a rounded logit could choose the wrong expert."""
         gates = x.new_ones(len(x), self.n_shared)
-        experts = torch.arange(self.n_shared, device=x.device).expand(len(x), -1)
+        experts = torch.arange(self.n_shared, device=x.device)
+        experts = experts.expand(len(x), -1)
         if self.router is None:
             return gates, experts
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
@@ -358,7 +359,8 @@ def pool(x, lengths, rate):
     A token at rate 8 is the mean of two tokens at rate 4, like a doll in a doll. Padding never enters a mean.
     Only the last window may be shorter. It is the mean of its tokens (not in the paper)."""
     B, T, D = x.shape
-    valid = valid_mask(lengths.to(x.device), T)[..., None].to(x)          # (B, T, 1) of 0 and 1
+    valid = valid_mask(lengths.to(x.device), T)
+    valid = valid[..., None].to(x)                                        # (B, T, 1) of 0 and 1
     rest = (0, 0, 0, -T % rate)                                           # fills up the last window
     windows = F.pad(x * valid, rest).view(B, -1, rate, D)
     counts = F.pad(valid, rest).view(B, -1, rate, 1)
