@@ -106,7 +106,8 @@ def real_lists():
                       f"{an4} 2 --steps 3000 --rates-per-step coarse", "an4", **one),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
-        "open": [Trial("mome", "4,8,16", "3,000 steps", f"{both} 3000", "librispeech", **one),
+        "open": [*(Trial(method, "4,8,16", "3,000 steps", f"{both} 3000", "librispeech", **one)
+                   for method in ("mome", "projectors")),
                  *(Trial(method, "4,8,16", variant, f"{both} 6000", "librispeech", again=again, **one)
                    for method in ("mome", "projectors") for variant, again in decodings)],
         "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in methods],
