@@ -74,8 +74,7 @@ def follow_rates(model):
         RATES.set(rates)
         return prefix(encoded, rates)
 
-    if any(isinstance(module, PerRate) for module in model.modules()):
-        model.prefix = prefix_at
+    model.prefix = prefix_at
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

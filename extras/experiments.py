@@ -103,7 +103,7 @@ def real_lists():
         "an4": [*(Trial(method, "4,8,16", "", f"{an4} 2 --steps 3000", "an4", **one) for method in methods),
                 Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again="--eval-only --beam 5", **one),
                 Trial("mome", "4,8,16", "coarse rates more often",
-                      f"{an4} 2 --steps 3000 --rates-per-step coarse", "an4", **one),
+                      f"{an4} 2 --steps 3000 --rates-per-step coarse --valid-every 1500", "an4", **one),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
         "open": [*(Trial(method, "4,8,16", "3,000 steps", f"{both} 3000", "librispeech", **one)

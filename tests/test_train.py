@@ -254,6 +254,18 @@ def test_lora_changes_nothing_at_first_and_is_all_that_trains_in_the_llm(tiny):
     assert len({baselines.lora_rank(LlamaConfig(99), experts) for experts in alone}) == 1      # experts that are not there
 
 
+@pytest.mark.parametrize("method", ["mome", "lora"])
+def test_any_module_may_ask_for_the_rates(method, tiny):
+    """docs/fork.md and an exercise of the README use this."""
+    facts = {"method": method, "rank": 3, "tasks": ["asr"], "rates": [(2, 4), (4, 2)], "projector_per_rate": False}
+    baselines.build_adapter(tiny, facts)
+    seen = []
+    tiny.llm.layers[0].mlp.register_forward_hook(lambda *_: seen.append(baselines.RATES.get()))
+    for rates in ({"audio": 2}, {"audio": 4}):
+        tiny.loss({"audio": (torch.randn(1, 12, 16), torch.tensor([12]))}, [[3]], rates)
+    assert seen == [{"audio": 2}, {"audio": 4}]
+
+
 def test_mss_begins_with_loras_of_their_own(tiny):
     """Two equal ones would together have the rank of one."""
     baselines.add_lora(tiny.llm, 3, [{"audio": 2}, {"audio": 4}])
