@@ -55,7 +55,7 @@ class Trial:
     flags: str = ""
     data: str = "synthetic"
     seeds: tuple[int, ...] = (0, 1, 2)
-    again: str = ""          # flags that test the finished model once more; the variant then names only these rows
+    again: str = ""          # flags that test the finished model of this variant without "beam 5" once more
     split: str = "test"      # valid: the validation clips after the last step; for what is still being chosen
 
 
@@ -95,21 +95,21 @@ def real_lists():
     an4 = f"--data {{shared}}/an4 {frozen} --snr clean --rates-per-step 1 --copies"
     both = f"--data {{runs}}/open {frozen} --snr clean --rates-per-step 1 --copies 1 --valid-every 500 --steps"
     gpu = "--device cuda"
-    decodings = ("", ""), ("beam 5", "--eval-only --beam 5")
+    beam_5 = "--eval-only --beam 5"
     return {
         "digits": [Trial("mome", "4,8,16", "stand-ins", f"{digits} --tasks asr", "digits", **one),
                    *(Trial(method, "4,8,16", "", f"{digits} {frozen} --valid-every 100", "digits", **one)
                      for method in ("mome", "projectors"))],
         "an4": [*(Trial(method, "4,8,16", "", f"{an4} 2 --steps 3000", "an4", **one) for method in methods),
-                Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again="--eval-only --beam 5", **one),
+                Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again=beam_5, **one),
                 Trial("mome", "4,8,16", "coarse rates more often",
                       f"{an4} 2 --steps 3000 --rates-per-step coarse --valid-every 1500", "an4", **one),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
-        "open": [*(Trial(method, "4,8,16", "3,000 steps", f"{both} 3000", "librispeech", **one)
-                   for method in ("mome", "projectors")),
-                 *(Trial(method, "4,8,16", variant, f"{both} 6000", "librispeech", again=again, **one)
-                   for method in ("mome", "projectors") for variant, again in decodings)],
+        "open": [Trial(method, "4,8,16", variant, f"{both} {steps}", "librispeech", again=again, **one)
+                 for steps, decodings in ((3000, (("3,000 steps", ""), ("3,000 steps, beam 5", beam_5))),
+                                          (6000, (("", ""), ("beam 5", beam_5))))
+                 for method in ("mome", "projectors") for variant, again in decodings],
         "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in methods],
         "gpu": [Trial("mome", "2,4,8", "on a GPU", gpu, **one),
                 Trial("mome", "4,8,16", "on a GPU", f"{an4} 2 --steps 3000 {gpu}", "an4", **one),
@@ -121,7 +121,9 @@ LISTS = toy_lists() | real_lists()
 
 def name_of(trial, seed):
     """The name of a run's folder."""
-    split, variant = trial.split.removeprefix("test"), "" if trial.again else trial.variant
+    split, variant = trial.split.removeprefix("test"), trial.variant
+    if trial.again:
+        variant = variant.removesuffix("beam 5").removesuffix(", ")
     words = [trial.data, split, trial.method, trial.rates.replace(":", "-"), variant, f"seed {seed}"]
     return "_".join(filter(None, words)).replace(" ", "-").replace(",", ".")
 
