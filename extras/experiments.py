@@ -55,7 +55,7 @@ class Trial:
     flags: str = ""
     data: str = "synthetic"
     seeds: tuple[int, ...] = (0, 1, 2)
-    again: str = ""          # flags that test the finished model of this variant without "beam 5" once more
+    again: str = ""          # flags that test once more what the variant without "beam 5" has trained
     split: str = "test"      # valid: the validation clips after the last step; for what is still being chosen
 
 
@@ -107,9 +107,9 @@ def real_lists():
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
         "open": [Trial(method, "4,8,16", variant, f"{both} {steps}", "librispeech", again=again, **one)
-                 for steps, decodings in ((3000, (("3,000 steps", ""), ("3,000 steps, beam 5", beam_5))),
-                                          (6000, (("", ""), ("beam 5", beam_5))))
-                 for method in ("mome", "projectors") for variant, again in decodings],
+                 for steps, variant, again in ((3000, "3,000 steps", ""), (3000, "3,000 steps, beam 5", beam_5),
+                                               (6000, "", ""), (6000, "beam 5", beam_5))
+                 for method in ("mome", "projectors")],
         "grid": [Trial(method, "2,4,8", "", "--data {shared}/grid_s1", "grid_s1", **one) for method in methods],
         "gpu": [Trial("mome", "2,4,8", "on a GPU", gpu, **one),
                 Trial("mome", "4,8,16", "on a GPU", f"{an4} 2 --steps 3000 {gpu}", "an4", **one),

@@ -206,9 +206,7 @@ def tables(rows):
     ideas = {names.get(method, method): (method, "") for method in ("mome", *IDEAS)}
     heard = {name: CONDITIONS[name] for name in ("sound and lips, clean", "sound, clean", "lips")}
     opened = {f"{title}, {variant or 'greedy'}": (METHODS[title][0], variant)
-              for title in ("MoME", "projectors only") for variant in ("", "beam 5")}
-    opened |= {f"{title}, {variant}": (METHODS[title][0], variant)
-               for title in ("MoME", "projectors only") for variant in ("3,000 steps", "3,000 steps, beam 5")}
+              for title in ("MoME", "projectors only") for variant in ("", "beam 5", "3,000 steps", "3,000 steps, beam 5")}
     digits = {title: METHODS[title] for title in ("MoME", "projectors only")} | {
         "MoME, all parts stand-ins": ("mome", "stand-ins")}
     clean = {"sound, clean": CONDITIONS["sound, clean"]}
