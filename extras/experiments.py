@@ -88,7 +88,7 @@ def toy_lists():
 
 
 def real_lists():
-    """The lists with real voices and faces, and the list `gpu`: one seed each."""
+    """The lists with real voices and faces, and the list `gpu`: one seed each, of one run two."""
     frozen = "--tasks asr --llm {llm} --audio-encoder {whisper}"
     methods, one = ("mome", "lora", "projectors"), dict(seeds=(0,))
     digits = "--data {shared}/digits"
@@ -103,7 +103,7 @@ def real_lists():
         "an4": [*(Trial(method, "4,8,16", "", f"{an4} 2 --steps 3000", "an4", **one) for method in methods),
                 Trial("mome", "4,8,16", "beam 5", f"{an4} 2 --steps 3000", "an4", again=beam_5, **one),
                 Trial("mome", "4,8,16", "coarse rates more often",
-                      f"{an4} 2 --steps 3000 --rates-per-step coarse --valid-every 1500", "an4", **one),
+                      f"{an4} 2 --steps 3000 --rates-per-step coarse --valid-every 1500", "an4", seeds=(0, 1)),
                 Trial("mome", "4,8,16", "2,200 steps", f"{an4} 2 --steps 2200", "an4", **one),
                 Trial("mome", "4,8,16", "5 copies", f"{an4} 5 --steps 3000", "an4", **one)],
         "open": [Trial(method, "4,8,16", variant, f"{both} {steps}", "librispeech", again=again, **one)
