@@ -84,7 +84,9 @@ def toy_lists():
         "experts": [Trial("mome", both[0], variant, f"{flags} {older}") for variant, flags in experts],
         "ideas": [Trial(method, both[0], **valid) for method in ("mome", *IDEAS)],
         "causes": [*(Trial("mome", both[0], *more) for more in causes),
-                   *(Trial(method, both[0], *more) for more in length for method in ("mome", "lora"))]}
+                   *(Trial(method, both[0], *more) for more in length for method in ("mome", "lora")),
+                   *(Trial(method, both[0], f"one set of rates in a step, lr {lr}", f"--rates-per-step 1 --lr {lr}")
+                     for method, lr in (("mome", "2e-3"), ("lora", "3e-3")))]}     # two thirds of the defaults
 
 
 def real_lists():
