@@ -60,7 +60,7 @@ class Trial:
 
 
 def toy_lists():
-    """The lists with the synthetic talker: three seeds each; of `pairs` one, which is 14 runs."""
+    """The lists with the synthetic talker, three seeds each."""
     both = "2,4,8", "4,16x2,5"
     methods = [("mome", "", ""), ("lora", "", ""), ("lora-ms", "", ""), ("lora-mss", "", ""), ("projectors", "", ""),
                ("lora", "parameters of all experts", "--rank 23")]
@@ -78,8 +78,8 @@ def toy_lists():
     return {
         "main": [Trial(method, both[0], *more) for method, *more in methods],
         "paper-rates": [Trial(method, both[1], *more) for method, *more in methods],
-        "pairs": [Trial(method, pair, seeds=(0,)) for method in ("lora", "mome") for pair in pairs],
-        "sharing": [Trial("mome-routers", both[0], "lr 4.5e-3", older),
+        "pairs": [Trial(method, pair) for method in ("lora", "mome") for pair in pairs],
+        "sharing": [Trial("mome-routers", both[0]), Trial("mome-routers", both[0], "lr 4.5e-3", older),
                     Trial("mome", both[0], "projector per rate", f"--projector-per-rate {older}")],
         "experts": [Trial("mome", both[0], variant, f"{flags} {older}") for variant, flags in experts],
         "ideas": [Trial(method, both[0], **valid) for method in ("mome", *IDEAS)],

@@ -2,7 +2,7 @@
 
     python -m extras.pictures clip out --save docs/clip.png                                a clip as the model sees it
     python -m extras.pictures tokens out out-lora out-projectors --save tokens.png         WER over the tokens read
-    python -m extras.pictures routing out --save docs/routing.png                          experts by layer and rate
+    python -m extras.pictures routing out --save docs/routing.png                          experts by layer, rate, stream
     python -m extras.pictures agreement out --save docs/agreement.png                      see extras/routing.py
     python -m extras.pictures similarity out --save docs/similarity.png                    see extras/routing.py
 """
@@ -125,13 +125,16 @@ def encode_clips(folder):
 
 
 def routing(folder):
-    """Share of the pooled tokens' choices that went to each routed expert -> {rates as text: (layers, N_r)}."""
+    """Share of the pooled tokens' choices that went to each routed expert -> {(stream, rate): (layers, N_r)}."""
     model, encoded, rate_sets = encode_clips(folder)
-    n_routed, found = model.config.llm.n_routed, {}
+    n_routed, chosen = model.config.llm.n_routed, {}
     for rates in rate_sets:
-        clips = [clip for of_stream in prefix_choices(model, encoded, rates).values() for clip in of_stream]
+        for stream, clips in prefix_choices(model, encoded, rates).items():
+            chosen.setdefault((stream, rates[stream]), []).extend(clips)
+    found = {}
+    for key, clips in sorted(chosen.items()):
         counts = np.array([np.bincount(layer.flatten(), minlength=n_routed) for layer in np.concatenate(clips, axis=1)])
-        found[":".join(map(str, rates.values()))] = counts / counts.sum(1, keepdims=True)
+        found[key] = counts / counts.sum(1, keepdims=True)
     return found
 
 
@@ -145,24 +148,40 @@ def draw_similarity(figure, folder):
 
 
 def routing_picture(figure, folder):
-    """Draw a heat map of layers and experts per rate. Print how the shares correlate over rates and layers."""
+    """Draw a heat map of layers and experts for each stream and rate. Print how the shares correlate."""
     found = routing(folder)
-    shares = np.stack(list(found.values()))                                           # (rates, layers, N_r)
-    n_rates, n_layers, n_routed = shares.shape
-    figure.set_size_inches(0.7 + n_rates * max(2.4, 0.4 * n_routed), 1.2 + 0.36 * n_layers)
-    panels = figure.subplots(1, n_rates, sharey=True, squeeze=False)[0]
-    for panel, (rate, share) in zip(panels, found.items()):
-        image = panel.imshow(100 * share, "Blues", vmin=0, vmax=100 * shares.max(), aspect="auto")
-        for (i, j), value in np.ndenumerate(share):
-            panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8,
-                       color="white" if value > 0.6 * shares.max() else "black")
-        panel.set(title=f"rate {rate}", xlabel="routed expert", ylabel="layer" if panel is panels[0] else "")
-        panel.set_xticks(range(n_routed), range(1, n_routed + 1))
-        panel.set_yticks(range(n_layers), range(1, n_layers + 1))
-    figure.colorbar(image, ax=list(panels), label="% of choices", pad=0.01)
-    for names, groups in (("rates at the same layer", shares.swapaxes(0, 1)), ("layers at the same rate", shares)):
-        values = [np.corrcoef(a, b)[0, 1] for group in groups for a, b in combinations(group, 2)]
-        print(f"mean correlation of the shares between {names}: {np.mean(values or np.nan):.2f}")
+    n_layers, n_routed = next(iter(found.values())).shape
+    highest = max(shares.max() for shares in found.values())
+    streams = list(dict.fromkeys(stream for stream, _ in found))
+    of_streams = {stream: {rate: shares for (own, rate), shares in found.items() if own == stream} for stream in streams}
+    n_columns = max(map(len, of_streams.values()))
+    figure.set_size_inches(0.9 + n_columns * max(2.4, 0.4 * n_routed), (0.8 + 0.36 * n_layers) * len(streams) + 0.4)
+    panels = figure.subplots(len(streams), n_columns, sharex=True, sharey=True, squeeze=False)
+    for panel in panels.flat:
+        panel.set_visible(False)
+    for row, (stream, of_rates) in zip(panels, of_streams.items()):
+        for panel, (rate, shares) in zip(row, of_rates.items()):
+            panel.set_visible(True)
+            image = panel.imshow(100 * shares, "Blues", vmin=0, vmax=100 * highest, aspect="auto")
+            for (i, j), value in np.ndenumerate(shares):
+                panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8,
+                           color="white" if value > 0.6 * highest else "black")
+            panel.set(title=f"{NAMES[stream]}, rate {rate}", ylabel="layer" if panel is row[0] else "")
+            panel.set_xlabel("routed expert" if stream == streams[-1] else "")
+            panel.set_xticks(range(n_routed), range(1, n_routed + 1))
+            panel.set_yticks(range(n_layers), range(1, n_layers + 1))
+    figure.colorbar(image, ax=panels, label="% of choices", pad=0.01)
+    pairs = [(one, other, layer) for one, other in combinations(found, 2) for layer in range(n_layers)]
+    kinds = {
+        "rates of one stream, at the same layer": [
+            (found[one][i], found[other][i]) for one, other, i in pairs if one[0] == other[0]],
+        "sound and lips at one rate, at the same layer": [
+            (found[one][i], found[other][i]) for one, other, i in pairs if one[0] != other[0] and one[1] == other[1]],
+        "layers, at the same stream and rate": [pair for shares in found.values() for pair in combinations(shares, 2)]}
+    for kind, of_kind in kinds.items():
+        if of_kind:
+            values = [np.corrcoef(*pair)[0, 1] for pair in of_kind]
+            print(f"mean correlation of the shares between {kind}: {np.mean(values):.2f}")
 
 
 @in_one_line("pictures.py", ImportError, ValueError, OSError)

@@ -22,7 +22,7 @@ def test_the_pictures(trained, tmp_path, capsys):
         assert path.read_bytes().startswith(b"\x89PNG")
         path.unlink()
     printed = capsys.readouterr().out
-    assert printed.count("mean correlation") == 2
+    assert printed.count("mean correlation") == 3
     assert re.findall(r"rates (\d) and (\d): same moment [\d.]+ \(", printed) == [("2", "4"), ("2", "8")]
 
 
@@ -49,7 +49,7 @@ def test_the_hook_sees_what_a_router_chose_and_goes(tiny):
 
 def test_the_shares_of_each_layer_sum_to_1(trained):
     found = pictures.routing(str(trained))
-    assert list(found) == ["2:2", "4:8"]
+    assert list(found) == [("audio", 2), ("audio", 4), ("video", 2), ("video", 8)]
     for shares in found.values():
         assert shares.shape == (4, 8) and np.allclose(shares.sum(1), 1)
 
