@@ -97,19 +97,29 @@ def by_condition(rows, train_rates, columns, conditions=CONDITIONS, errors=True,
     return markdown(["WER %", *of_columns], lines)
 
 
-def paired(rows, train_rates):
-    """A line for each task and noise: MoME's WER minus LoRA's with the same seed, mean and standard error over the seeds.
+def differences(rows, train_rates):
+    """MoME's WER minus LoRA's with the same seed -> {condition: a (mean, standard error or None) for each set of rates}.
 
     A seed fixes clips, encoders and Llama, so this difference varies less than either WER."""
-    lines = []
+    found = {}
     for name, (task, snr) in CONDITIONS.items():
-        entries, same = [], dict(variant="", train_rates=train_rates, task=task, snr_db=snr)
+        same = dict(variant="", train_rates=train_rates, task=task, snr_db=snr)
         for rates in task_rates(task, parse_rates(train_rates)):
             mome, lora = ({row["seed"]: float(row["wer"]) for row in chosen(
                 rows, method=method, rates=":".join(map(str, rates.values())), **same)} for method in ("mome", "lora"))
-            mean, error = spread([mome[seed] - lora[seed] for seed in sorted(mome.keys() & lora.keys())])
-            entries.append(f"{round(mean, 1) + 0:+.1f} ± {error or 0:.1f}")
-        lines.append([name, " / ".join(entries)])
+            found.setdefault(name, []).append(spread([mome[seed] - lora[seed] for seed in sorted(mome.keys() & lora.keys())]))
+    return found
+
+
+def signed(points):
+    """-0.04 -> '+0.0': what is rounded to nothing has no minus."""
+    return f"{round(points, 1) + 0:+.1f}"
+
+
+def paired(rows, train_rates):
+    """A line for each task and noise: MoME's WER minus LoRA's, mean and standard error over the seeds."""
+    lines = [[name, " / ".join(f"{signed(mean)} ± {error or 0:.1f}" for mean, error in of_rates)]
+             for name, of_rates in differences(rows, train_rates).items()]
     return markdown(["MoME's WER minus LoRA's, in points", f"trained at {train_rates}"], lines)
 
 
@@ -193,6 +203,22 @@ def summary(rows, train_rates="2,4,8"):
             "(sound with lips, clean and at -5 dB, and lips; all rates together).\n")
 
 
+def paper_summary(rows):
+    """A sentence: MoME against LoRA at the paper's rates, where lips are seen."""
+    found = differences(rows, "4,16x2,5")
+    means = [mean for name, of_rates in found.items() if "lips" in name for mean, _ in of_rates]
+    return (f"At the paper's rates MoME's WER minus LoRA's is {signed(min(means))} to {signed(max(means))} points "
+            "where lips are seen.\n")
+
+
+def own_decoder(rows):
+    """A sentence: the WER of Whisper with its own decoder, see extras/own_decoder.py."""
+    found = chosen(rows, method="whisper-base")
+    if not found:
+        return "*Not run yet.*\n"
+    return f"Whisper-base with its own decoder: {100 * float(found[0]['wer']):.1f} % WER of {found[0]['words']} words.\n"
+
+
 def tables(rows):
     """results.csv -> {name: its text}."""
     tested = chosen(rows, split="test")
@@ -216,7 +242,7 @@ def tables(rows):
     return {
         "printed": printed(toy),
         "readme": by_condition(toy, "2,4,8", few, SHOWN, errors=False),
-        "summary": summary(toy),
+        "summary": summary(toy) + paper_summary(toy),
         "main": by_condition(toy, "2,4,8", METHODS),
         "paired": paired(toy, "2,4,8"),
         "baselines": by_condition(toy, "2,4,8", METHODS, singles=SINGLES),
@@ -235,6 +261,7 @@ def tables(rows):
             few | {f"MoME, {variant}": ("mome", variant) for variant in (
                 "coarse rates more often", "beam 5", "2,200 steps", "5 copies")}, clean),
         "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", opened, clean),
+        "own-decoder": own_decoder(chosen(tested, data="librispeech")),
         "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
 
 

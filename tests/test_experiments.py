@@ -1,5 +1,6 @@
 """python -m pytest tests/test_experiments.py: the lists of runs, results.csv, and the tables that are made from it."""
 import json
+import re
 import signal
 import subprocess
 from types import SimpleNamespace
@@ -187,6 +188,20 @@ def test_the_pages_have_the_numbers_of_results_csv(capsys):
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert {str(page.relative_to(ROOT)) for page in pages if "<!-- results: " in page.read_text("utf-8")} == set(plot.PAGES)
+
+
+def test_every_percentage_of_the_readme_has_a_source():
+    """Outside of the marked tables it is the paper's, or it stands in docs/results.md. A new one must be named here."""
+    readme, results = (ROOT.joinpath(page).read_text("utf-8") for page in ("README.md", "docs/results.md"))
+    prose = "\n".join(line for line in plot.MARKED.sub("", readme).splitlines() if not line.startswith("    "))
+    sound = results.split("sound: % of a coarse token's experts")[1]
+    same, layer = re.search(r"rates 2 and 8: same moment ([\d.]+) .*; another layer ([\d.]+) ", sound).groups()
+    other_cpu = re.search(r"MoME and LoRA differ by up to ([\d.]+) points", results)[1]
+    of_paper = "2.9"
+    sources = {other_cpu, of_paper, f"{float(same):.0f}", f"{float(layer):.0f}"}
+    assert set(re.findall(r"(\d+(?:\.\d+)?) (?:%|points)", prose)) == sources
+    assert f"shares {float(same):.0f} %" in prose and f"Chance is {float(layer):.0f} %" in prose
+    assert f"CPUs differ by up to {other_cpu} points" in prose and "1.8, 1.7, 2.9, 2.9 % WER" in prose
 
 
 def test_a_page_that_is_not_current_is_named_and_written_anew(tmp_path, monkeypatch, capsys):
