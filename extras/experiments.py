@@ -86,7 +86,7 @@ def toy_lists():
         "causes": [*(Trial("mome", both[0], *more) for more in causes),
                    *(Trial(method, both[0], *more) for more in length for method in ("mome", "lora")),
                    *(Trial(method, both[0], f"one set of rates in a step, lr {lr}", f"--rates-per-step 1 --lr {lr}")
-                     for method, lr in (("mome", "2e-3"), ("lora", "3e-3")))]}     # two thirds of the defaults
+                     for method, lr in (("mome", "2e-3"), ("lora", "3e-3"), ("lora", "2e-3")))]}
 
 
 def real_lists():
