@@ -16,7 +16,8 @@ A row of results.csv is one WER of one run. Its columns:
     trained_params, active_params   of the adapter in the LLM, in all and for one token; projectors do not count
     tokens       that the LLM reads before the first word, mean over clips
     flops        of a clip of 3 s at these rates, encoders and LLM (extras/cost.py)
-    seconds      that the last process of the run counted: stages 1 and 2 are missing where the cache has them
+    seconds      of stage 3 in all processes of the run, of the rest in the last one, without what the cache had (rows
+                 made before 28 November 2026: of the last process alone)
     split        test, or valid for what was still being chosen
 """
 import argparse
@@ -168,7 +169,10 @@ def rows_of_run(trial, seed, out):
     config, rows = TrainConfig(**metrics["config"]), []
     key = dict(zip(KEY, key_of(trial, seed)))
     is_test = trial.split == "test"
-    seconds = f"{sum(metrics['seconds'].values()):.0f}"
+    seconds = dict(metrics["seconds"])
+    if "stage 3" in seconds:                                        # log.csv counts on where a run was stopped
+        logged = Path(out, "log.csv").read_text("utf-8").splitlines()[-1].rpartition(",")[2]
+        seconds["stage 3"] = max(seconds["stage 3"], float(logged))
     for row in metrics["rows"] + metrics["auto"] if is_test else read_json(Path(out, "curve.json"))[-1]["rows"]:
         rates = {"audio": row["audio_rate"], "video": row["video_rate"]}
         rates = {stream: rates[stream] for stream in TASKS[row["task"]]}
@@ -178,7 +182,8 @@ def rows_of_run(trial, seed, out):
             "snr_db": "clean" if row["snr_db"] is None else f"{row['snr_db']:g}",
             "wer": f"{row['wer']:.5f}", "words": row["words"], "trained_params": counts["adapter"],
             "active_params": counts["active"], "tokens": f"{row['tokens']:.1f}",
-            "flops": "" if is_auto else f"{flops_at(config, tuple(rates.items())):.3g}", "seconds": seconds})
+            "flops": "" if is_auto else f"{flops_at(config, tuple(rates.items())):.3g}",
+            "seconds": f"{sum(seconds.values()):.0f}"})
     return rows
 
 

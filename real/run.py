@@ -421,6 +421,8 @@ class Run:
         path = self.out / "log.csv"
         rows = path.read_text(errors="replace").splitlines() if step and path.is_file() else []
         rows = [row for row in rows if (number := row.partition(",")[0]).isdecimal() and int(number) < step]
+        with suppress(IndexError, ValueError):                           # no row, or an edited one
+            self.began -= float(rows[-1].rpartition(",")[2])             # seconds count on from the earlier part
         write_together({path: "\n".join([",".join(COLUMNS), *rows, ""]).encode()})
         return step
 

@@ -58,6 +58,7 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, 
         out.mkdir(parents=True)
         (out / "metrics.json").write_text(json.dumps(metrics_of(Trial(method, "2"), seed)))
         (out / "config.json").write_text(json.dumps({"parameters": {"adapter": 9, "active": 5}}))
+        (out / "log.csv").write_text("step,seconds\n0,1.5\n10,91.0\n")         # 30 s of an earlier process
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -66,10 +67,10 @@ def test_runs_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch, 
     assert experiments.main(argv) == 0 and len(commands) == 4 and len(results()) == 9
     assert experiments.main(argv) == 0 and len(commands) == 4
     row = results()[1]
-    assert row["wer"] == "0.10000" and row["snr_db"] == "-5" and row["rates"] == "2:2" and row["seconds"] == "62"
+    assert row["wer"] == "0.10000" and row["snr_db"] == "-5" and row["rates"] == "2:2" and row["seconds"] == "92"
     assert row["trained_params"] == "9" and row["active_params"] == "5" and float(row["flops"]) > 1e8
     assert experiments.main(["--list", *argv[1:]]) == 0
-    assert "2 of 2 seeds    1 min  python train.py --rates 2 --method mome --seed 0" in capsys.readouterr().out
+    assert "2 of 2 seeds    2 min  python train.py --rates 2 --method mome --seed 0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         experiments.main(["three"])
 
@@ -126,6 +127,7 @@ def test_rows_of_what_is_still_being_chosen_are_of_the_last_point_of_the_curve(t
     files = {"metrics": metrics_of(trial, 0), "config": {"parameters": {"adapter": 9, "active": 5}}, "curve": points}
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "log.csv").write_text("step,seconds\n0,1.5\n")
     assert [(row["wer"], row["split"]) for row in experiments.rows_of_run(trial, 0, tmp_path)] == [("0.20000", "valid")] * 2
 
 

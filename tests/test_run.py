@@ -634,9 +634,12 @@ def test_a_training_that_follows_owns_the_folder_from_its_start(whole, capsys, m
 
 
 def test_rows_of_the_log_are_on_the_disk_when_a_run_goes_on(tmp_path):
-    rows = [f"{step},asr,1,1,1,1,1,1,1" for step in range(30)]
+    """And its seconds count on."""
+    rows = [f"{step},asr,1,1,1,1,1,1,{100 * step}.5" for step in range(30)]
     (tmp_path / "log.csv").write_text("\n".join([",".join(run.COLUMNS), *rows, ""]))
-    assert Run(train.TrainConfig(out=str(tmp_path)), []).begin_log(20) == 20
+    going_on = Run(train.TrainConfig(out=str(tmp_path)), [])
+    before = going_on.began
+    assert going_on.begin_log(20) == 20 and going_on.began == before - 1900.5
     assert (tmp_path / "log.csv").read_text().splitlines() == [",".join(run.COLUMNS), *rows[:20]]
 
 
