@@ -260,6 +260,8 @@ def tables(rows):
             chosen(tested, data="an4"), "4,8,16",
             few | {f"MoME, {variant}": ("mome", variant) for variant in (
                 "coarse rates more often", "beam 5", "2,200 steps", "5 copies")}, clean),
+        "an4-coarse": by_condition(chosen(tested, data="an4"), "4,8,16", {
+            "MoME, coarse rates more often, 2 seeds": ("mome", "coarse rates more often")}, clean),
         "open": by_condition(chosen(tested, data="librispeech"), "4,8,16", opened, clean),
         "own-decoder": own_decoder(chosen(tested, data="librispeech")),
         "grid": by_condition(chosen(tested, data="grid_s1"), "2,4,8", few)}
