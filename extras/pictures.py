@@ -152,11 +152,12 @@ def routing_picture(figure, folder):
     found = routing(folder)
     n_layers, n_routed = next(iter(found.values())).shape
     highest = max(shares.max() for shares in found.values())
-    streams = list(dict.fromkeys(stream for stream, _ in found))
-    of_streams = {stream: {rate: shares for (own, rate), shares in found.items() if own == stream} for stream in streams}
+    of_streams = {}
+    for (stream, rate), shares in found.items():
+        of_streams.setdefault(stream, {})[rate] = shares
     n_columns = max(map(len, of_streams.values()))
-    figure.set_size_inches(0.9 + n_columns * max(2.4, 0.4 * n_routed), (0.8 + 0.36 * n_layers) * len(streams) + 0.4)
-    panels = figure.subplots(len(streams), n_columns, sharex=True, sharey=True, squeeze=False)
+    figure.set_size_inches(0.9 + n_columns * max(2.4, 0.4 * n_routed), (0.8 + 0.36 * n_layers) * len(of_streams) + 0.4)
+    panels = figure.subplots(len(of_streams), n_columns, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat:
         panel.set_visible(False)
     for row, (stream, of_rates) in zip(panels, of_streams.items()):
@@ -167,7 +168,7 @@ def routing_picture(figure, folder):
                 panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", size=8,
                            color="white" if value > 0.6 * highest else "black")
             panel.set(title=f"{NAMES[stream]}, rate {rate}", ylabel="layer" if panel is row[0] else "")
-            panel.set_xlabel("routed expert" if stream == streams[-1] else "")
+            panel.set_xlabel("routed expert" if row[0] is panels[-1, 0] else "")
             panel.set_xticks(range(n_routed), range(1, n_routed + 1))
             panel.set_yticks(range(n_layers), range(1, n_layers + 1))
     figure.colorbar(image, ax=panels, label="% of choices", pad=0.01)

@@ -148,7 +148,7 @@ def one_or_each(rows):
             for row in chosen(same, train_rates=[train_rates, *pairs], seed=list(seeds)):
                 wers.setdefault((row["task"], row["snr_db"], row["rates"], row["train_rates"]), []).append(float(row["wer"]))
             means = {key: 100 * statistics.fmean(of_seeds) for key, of_seeds in wers.items()}
-            found = [[mean - means[*key[:3], train_rates] for key, mean in means.items() if key[:2] in conditions
+            found = [[mean - means[(*key[:3], train_rates)] for key, mean in means.items() if key[:2] in conditions
                       and key[3] != train_rates and key[2] != "auto"] for conditions in kinds.values()]
             if all(found):
                 heads.append(f"{title}, {train_rates}")
